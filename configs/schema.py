@@ -1,0 +1,142 @@
+"""The typed config tree: every field with its unit and range; the values live in base_config.yaml."""
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+
+
+def _none_from_text(value: Any) -> Any:
+    return None if isinstance(value, str) and value.lower() == "none" else value
+
+
+_none_word = BeforeValidator(_none_from_text)
+PositiveInt = Annotated[int, Field(ge=1)]
+Colour = tuple[
+    Annotated[int, Field(ge=0, le=255)],
+    Annotated[int, Field(ge=0, le=255)],
+    Annotated[int, Field(ge=0, le=255)],
+]
+SizeHW = tuple[Annotated[int, Field(ge=32)], Annotated[int, Field(ge=32)]]  # height, width; pixels
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
+
+
+class DataConfig(_Section):
+    """One dataset: where it lies, what its classes are, how it is read."""
+
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")]
+    dataset_path: str  # "{name}" stands for data.name
+    rgb_folder: str
+    thermal_folder: str
+    label_folder: str
+    class_names: Annotated[tuple[str, ...], Field(min_length=2, max_length=255)]
+    palette: tuple[Colour, ...]  # RGB, one per class
+    prompt: Annotated[str, Field(pattern=r"\{\}")]  # "{}" stands for the class name
+    ignore_background: bool  # class 0 is neither trained nor scored, like 255
+    train_on_val: bool  # train on train.txt + val.txt, as some published tables do
+    modalities: Literal["both", "rgb", "thermal"]  # the withheld one is mid-grey (ablation)
+    num_workers: Annotated[int, Field(ge=0)]  # loader processes per rank
+    cache: Literal["none", "ram"]  # decoded images kept in memory
+
+    @model_validator(mode="after")
+    def _one_colour_per_class(self) -> "DataConfig":
+        if len(self.palette) != len(self.class_names):
+            raise ValueError(
+                f"data.palette has {len(self.palette)} colours for {len(self.class_names)} classes"
+            )
+        return self
+
+    @property
+    def num_classes(self) -> int:
+        return len(self.class_names)
+
+    @property
+    def path(self) -> str:
+        """dataset_path with the dataset's name filled in."""
+        return self.dataset_path.replace("{name}", self.name)
+
+    @property
+    def prompts(self) -> tuple[str, ...]:
+        """CLIP prompts of every class but the background (MIA's text prior)."""
+        return tuple(self.prompt.replace("{}", name) for name in self.class_names[1:])
+
+
+class ModelConfig(_Section):
+    """The network: its size, its priors and its scan backend."""
+
+    size: Literal["tiny", "demo"]  # tiny = the paper's, demo = small with every module
+    text_prior: str  # path of a clip_text_<name>.safetensors ("{name}" stands for data.name in
+    # lower case), or "orthogonal", the explicit stand-in without CLIP
+    pretrained: Annotated[str | None, _none_word]  # path of the VMamba weights
+    scan_backend: Literal["auto", "reference", "chunked", "triton", "mamba_ssm"]
+    drop_path: Annotated[float, Field(ge=0, lt=1)]  # rate at the last encoder block
+    image_mean: tuple[float, float, float]  # standardisation inside each encoder
+    image_std: tuple[
+        Annotated[float, Field(gt=0)], Annotated[float, Field(gt=0)], Annotated[float, Field(gt=0)]
+    ]
+
+
+class TrainConfig(_Section):
+    """The recipe of one run."""
+
+    epochs: PositiveInt
+    max_steps: Annotated[PositiveInt | None, _none_word]  # ends earlier; the schedule ends there too
+    batch_size: PositiveInt  # over all ranks
+    crop: SizeHW
+    scales: Annotated[tuple[Annotated[float, Field(gt=0, le=8)], ...], Field(min_length=1)]
+    mirror: bool
+    lr: Annotated[float, Field(gt=0)]  # peak, after warm-up
+    weight_decay: Annotated[float, Field(ge=0)]
+    poly_power: Annotated[float, Field(ge=0)]
+    warmup_epochs: Annotated[float, Field(ge=0)]
+    clip_grad_norm: Annotated[Annotated[float, Field(gt=0)] | None, _none_word]
+    precision: Literal["float32", "bf16", "fp16"]  # of autocast
+    tf32: bool  # TF32 matrix units for float32 products on GPU
+    checkpoint_start: Annotated[int, Field(ge=0)]  # epoch of the first kept checkpoint
+    checkpoint_every: PositiveInt  # epochs
+    keep_last: PositiveInt  # newest epoch-N.pth files that stay on disk
+    val_every: PositiveInt  # epochs
+    log_every: PositiveInt  # steps
+
+
+class LossConfig(_Section):
+    """Weights of the joint loss (method, Sec. 7) and the brightening of its targets."""
+
+    segmentation_weight: Annotated[float, Field(ge=0)]
+    fusion_weight: Annotated[float, Field(ge=0)]
+    intensity_weight: Annotated[float, Field(ge=0)]
+    gradient_weight: Annotated[float, Field(ge=0)]
+    color_weight: Annotated[float, Field(ge=0)]
+    balance_weight: Annotated[float, Field(ge=0)]
+    rgb_gamma: Annotated[float, Field(gt=0)]  # exponent on rgb in [0, 1]; below 1 brightens
+    thermal_contrast: Annotated[float, Field(gt=0)]  # factor about the image's mean grey
+
+
+class EvalConfig(_Section):
+    """How a checkpoint is scored."""
+
+    batch_size: PositiveInt
+    crop: Annotated[SizeHW | None, _none_word]  # sliding window; none = the whole image
+    stride: Annotated[float, Field(gt=0, le=1)]  # of the window, as a fraction of eval.crop
+    scales: Annotated[tuple[Annotated[float, Field(gt=0, le=8)], ...], Field(min_length=1)]
+    flip: bool  # average with the mirrored input
+    protocol: Literal["tang", "cddfuse", "strict"]  # of the fusion metrics
+
+
+class Config(_Section):
+    """Everything a run depends on; saved resolved beside its results."""
+
+    seed: Annotated[int, Field(ge=0, lt=2**32)]
+    experiment_path: str  # runs land in <experiment_path>/<data.name>/<exp>
+    data: DataConfig
+    model: ModelConfig
+    train: TrainConfig
+    loss: LossConfig
+    eval: EvalConfig
+
+    @property
+    def text_prior(self) -> str:
+        """model.text_prior with the dataset's name filled in."""
+        return self.model.text_prior.replace("{name}", self.data.name.lower())

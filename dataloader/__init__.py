@@ -1,0 +1,1 @@
+"""From split lists on disk to batches of rgb, thermal, label and valid mask."""

@@ -1,0 +1,1 @@
+"""Training, checkpoints, losses and evaluation loops."""

@@ -1,0 +1,102 @@
+"""The two outputs: segmentation logits and the fused image (method, Sec. 6)."""
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from models.layers import BatchNorm2d, LayerNorm2d, Linear2d, resize
+from models.ops.sobel import sobel
+from models.ss2d import SS2D
+
+
+class SegmentationHead(nn.Module):
+    """Four semantic maps -> logits (B, classes, H, W) at the image's size."""
+
+    def __init__(
+        self, widths: Sequence[int], *, num_classes: int, hidden: int, d_state: int
+    ) -> None:
+        super().__init__()
+        self.embed = nn.ModuleList(Linear2d(width, hidden) for width in widths)
+        self.fuse = nn.Sequential(
+            nn.Conv2d(len(widths) * hidden, hidden, 1, bias=False), BatchNorm2d(hidden)
+        )
+        self.ss2d = SS2D(hidden, d_state=d_state, expand=2)
+        self.norm = LayerNorm2d(hidden)
+        self.classify = nn.Sequential(
+            nn.ReLU(), nn.Dropout2d(0.1), nn.Conv2d(hidden, num_classes, 1)
+        )
+
+    def forward(self, maps: Sequence[Tensor], image_hw: tuple[int, int]) -> Tensor:
+        stride4_hw = maps[0].shape[-2:]
+        embedded = [resize(e(x), stride4_hw) for e, x in zip(self.embed, maps, strict=True)]
+        x = self.fuse(torch.cat(embedded, dim=1))
+        x = self.norm(self.ss2d(x))
+        return resize(self.classify(x), image_hw)
+
+
+class FusionHead(nn.Module):
+    """Both modalities' maps of all stages and the raw pair -> fused image in [0, 1].
+
+    rgb_maps, thermal_maps: four (B, C_i, h_i, w_i) each; rgb, thermal: (B, 3, H, W) in [0, 1]
+    -> (B, 3, H, W).
+    """
+
+    def __init__(self, widths: Sequence[int], *, hidden: int) -> None:
+        super().__init__()
+        self.rgb_embed = nn.ModuleList(_stage_embedding(width, hidden) for width in widths)
+        self.thermal_embed = nn.ModuleList(_stage_embedding(width, hidden) for width in widths)
+        self.fuse = nn.Sequential(
+            nn.Conv2d(2 * len(widths) * hidden + 6, hidden, 3, padding=1, bias=False),
+            BatchNorm2d(hidden),
+            nn.ReLU(),
+        )
+        self.detail = GradientResidualBlock(hidden)
+        self.project = nn.Conv2d(hidden, 3, 1)
+
+    def forward(
+        self,
+        rgb_maps: Sequence[Tensor],
+        thermal_maps: Sequence[Tensor],
+        rgb: Tensor,
+        thermal: Tensor,
+    ) -> Tensor:
+        image_hw = rgb.shape[-2:]
+        embeddings = [*self.rgb_embed, *self.thermal_embed]
+        maps = [*rgb_maps, *thermal_maps]
+        layers = [resize(e(x), image_hw) for e, x in zip(embeddings, maps, strict=True)]
+        x = self.fuse(torch.cat([*layers, rgb, thermal], dim=1))
+        return torch.sigmoid(self.project(self.detail(x)).float())
+
+
+class GradientResidualBlock(nn.Module):
+    """Gradient residual dense block: two densely connected 3x3 convs, plus the Sobel magnitude.
+
+    (B, C, H, W) -> (B, C, H, W).
+    """
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.dense = nn.ModuleList(
+            nn.Conv2d(count * channels, channels, 3, padding=1) for count in (1, 2)
+        )
+        self.project = nn.Conv2d(3 * channels, channels, 1)
+        self.gradient = nn.Conv2d(channels, channels, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        features = x
+        for conv in self.dense:
+            features = torch.cat([features, F.leaky_relu(conv(features), 0.2)], dim=1)
+        gradient_x, gradient_y = sobel(x.float())
+        magnitude = torch.sqrt(gradient_x**2 + gradient_y**2 + 1e-12)
+        return F.leaky_relu(self.project(features) + self.gradient(magnitude), 0.1)
+
+
+def _stage_embedding(width: int, hidden: int) -> nn.Sequential:
+    return nn.Sequential(
+        LayerNorm2d(width),
+        nn.Conv2d(width, hidden, 1, bias=False),
+        BatchNorm2d(hidden),
+        nn.ReLU(),
+    )

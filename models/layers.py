@@ -1,0 +1,93 @@
+"""Small layers that several parts of the network share; maps are channel-first (B, C, H, W)."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class LayerNorm2d(nn.LayerNorm):
+    """LayerNorm over the channels of a (B, C, H, W) map, eps 1e-5 (VMamba's channel-first norm)."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x.permute(0, 2, 3, 1)
+        x = F.layer_norm(x, self.normalized_shape, self.weight, self.bias, self.eps)
+        return x.permute(0, 3, 1, 2)
+
+
+class Linear2d(nn.Linear):
+    """A linear layer over the channels of a map; its weight stays two-dimensional, as in VMamba."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.conv2d(x, self.weight[:, :, None, None], self.bias)
+
+
+class BatchNorm2d(nn.BatchNorm2d):
+    """BatchNorm that, given a single value per channel in training, uses its running statistics.
+
+    A 1x1 map of one image has no variance; the plain layer raises there.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.training and x.shape[0] * x.shape[2] * x.shape[3] == 1:
+            return F.batch_norm(
+                x, self.running_mean, self.running_var, self.weight, self.bias, eps=self.eps
+            )
+        return super().forward(x)
+
+
+class ChannelScale(nn.Module):
+    """One learned factor per channel, 1 at the start: the `x·s` of a scaled residual."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(channels, 1, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.scale
+
+
+class SqueezeGate(nn.Module):
+    """Channel attention by global average: pool, C -> C/squeeze, activation, -> C, sigmoid."""
+
+    def __init__(
+        self, channels: int, *, squeeze: int, activation: type[nn.Module] = nn.ReLU
+    ) -> None:
+        super().__init__()
+        hidden = max(1, channels // squeeze)
+        self.gate = nn.Sequential(
+            nn.AdaptiveAvgPool2d(1),
+            nn.Conv2d(channels, hidden, 1),
+            activation(),
+            nn.Conv2d(hidden, channels, 1),
+            nn.Sigmoid(),
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.gate(x)
+
+
+class GatedFFN(nn.Module):
+    """Gated feed-forward: conv1x1 C -> 2C, GELU, halves a and b; a · depthwise3x3(b); conv1x1, GELU."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.expand = nn.Conv2d(channels, 2 * channels, 1)
+        self.depthwise = nn.Conv2d(channels, channels, 3, padding=1, groups=channels)
+        self.project = nn.Conv2d(channels, channels, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        a, b = F.gelu(self.expand(x)).chunk(2, dim=1)
+        return F.gelu(self.project(a * self.depthwise(b)))
+
+
+def pad_to_multiple(x: Tensor, multiple_h: int, multiple_w: int) -> Tensor:
+    """Replicate the last row and column until H and W are multiples; the caller crops afterwards."""
+    height, width = x.shape[-2:]
+    return F.pad(x, (0, -width % multiple_w, 0, -height % multiple_h), mode="replicate")
+
+
+def resize(x: Tensor, hw: tuple[int, int]) -> Tensor:
+    """Bilinear resize of a map to (H, W), pixel centres aligned."""
+    if x.shape[-2:] == hw:
+        return x
+    return F.interpolate(x, size=hw, mode="bilinear", align_corners=False)

@@ -1,0 +1,1 @@
+"""Stateless building blocks: scans, wavelets, gradients. Knows nothing of the network."""

@@ -1,0 +1,18 @@
+"""Fixed Sobel gradients, shared by the loss and the fusion head; never trained."""
+
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def sobel(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Signed horizontal and vertical Sobel gradients (3x3, weights 1 2 1, borders replicated).
+
+    x: (B, C, H, W) -> two maps of the same shape, each channel on its own. A horizontal ramp of
+    slope 1 gives 8 in the first map.
+    """
+    padded = F.pad(x, (1, 1, 1, 1), mode="replicate")
+    across = padded[..., 2:] - padded[..., :-2]
+    along = padded[..., 2:, :] - padded[..., :-2, :]
+    gradient_x = across[..., :-2, :] + 2 * across[..., 1:-1, :] + across[..., 2:, :]
+    gradient_y = along[..., :-2] + 2 * along[..., 1:-1] + along[..., 2:]
+    return gradient_x, gradient_y

@@ -1,0 +1,194 @@
+"""The whole network: any size, any batch, train and eval, and the published defects."""
+
+import pytest
+import torch
+from torch import nn
+
+from configs import load_config
+from models import CMFSOutput, build_model
+from models.ops.haar import haar_dwt2
+from models.text_prior import TextPrior
+from utils.errors import InputError
+
+SIZES = [(64, 96), (33, 47), (32, 32)]
+
+
+@pytest.fixture
+def config():
+    return load_config("demo", ["train.crop=[64,96]"])
+
+
+@pytest.fixture
+def model(config):
+    torch.manual_seed(0)
+    return build_model(config)
+
+
+def images(hw, batch=2, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return (torch.rand(batch, 3, *hw, generator=generator) for _ in range(2))
+
+
+@pytest.mark.parametrize("hw", SIZES, ids=str)
+@pytest.mark.parametrize("batch", [1, 3])
+@pytest.mark.parametrize("training", [True, False])
+def test_any_size_batch_and_mode(model, hw, batch, training):
+    output = model.train(training)(*images(hw, batch))
+    assert isinstance(output, CMFSOutput)
+    assert output.logits.shape == (batch, 5, *hw)
+    assert output.fused.shape == (batch, 3, *hw)
+    assert output.balance_loss.shape == ()
+    assert 0 <= output.fused.min() <= output.fused.max() <= 1
+    assert torch.isfinite(output.logits).all()
+
+
+@pytest.mark.parametrize("hw", SIZES, ids=str)
+def test_batch_equals_singles(model, hw):
+    model.eval()
+    rgb, thermal = images(hw, batch=3)
+    with torch.no_grad():
+        together = model(rgb, thermal)
+        for i in range(3):
+            single = model(rgb[i : i + 1], thermal[i : i + 1])
+            assert (single.logits[0] - together.logits[i]).abs().max() < 1e-4
+            assert (single.fused[0] - together.fused[i]).abs().max() < 1e-4
+
+
+def test_every_parameter_gets_a_gradient(model):
+    output = model(*images((64, 96)))
+    (output.logits.square().mean() + output.fused.mean() + output.balance_loss).backward()
+    assert [name for name, p in model.named_parameters() if p.grad is None] == []
+    assert all(torch.isfinite(p.grad).all() for p in model.parameters())
+
+
+def test_bfloat16_autocast(model):
+    model.eval()
+    rgb, thermal = images((64, 96))
+    with torch.no_grad():
+        exact = model(rgb, thermal)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            rounded = model(rgb, thermal)
+    assert (rounded.fused.float() - exact.fused).abs().max() < 0.05
+    assert (rounded.logits.float() - exact.logits).norm() / exact.logits.norm() < 0.1
+
+
+def test_one_channel_thermal_is_repeated(model):
+    model.eval()
+    rgb, thermal = images((32, 40))
+    with torch.no_grad():
+        one = model(rgb, thermal[:, :1])
+        three = model(rgb, thermal[:, :1].repeat(1, 3, 1, 1))
+    assert torch.equal(one.fused, three.fused)
+
+
+def test_state_dict_round_trip(config, model):
+    model.eval()
+    other = build_model(config, from_checkpoint=True).eval()
+    other.load_state_dict(model.state_dict())
+    rgb, thermal = images((32, 40))
+    with torch.no_grad():
+        assert torch.equal(other(rgb, thermal).logits, model(rgb, thermal).logits)
+
+
+@pytest.mark.parametrize(
+    ("rgb", "thermal", "message"),
+    [
+        ((1, 3, 31, 64), (1, 3, 31, 64), "at least 32x32, got 31x64"),
+        ((1, 3, 64, 64), (1, 3, 64, 60), "same size"),
+        ((1, 1, 64, 64), (1, 1, 64, 64), r"rgb must be \(B, 3, H, W\)"),
+    ],
+)
+def test_wrong_images_are_named(model, rgb, thermal, message):
+    with pytest.raises(ValueError, match=message):
+        model(torch.zeros(rgb), torch.zeros(thermal))
+
+
+def test_fusion_maps_come_after_fsc_and_the_next_stage_before_it(model):
+    """F'' = F' + FSC(F') feeds the heads; F' goes on to the next stage."""
+    seen = {}
+    model.rgb_encoder.layers[0].downsample.register_forward_pre_hook(
+        lambda module, args: seen.update(next_stage=args[0])
+    )
+    model.rgb_fsc[0].register_forward_hook(
+        lambda module, args, output: seen.update(before=args[0], fsc=output)
+    )
+    model.fusion_head.register_forward_pre_hook(lambda module, args: seen.update(head=args[0][0]))
+    model.eval()(*images((32, 40)))
+    assert torch.equal(seen["next_stage"], seen["before"])
+    assert torch.equal(seen["head"], seen["before"] + seen["fsc"])
+
+
+def test_both_encoders_have_their_own_weights(model):
+    rgb = {id(p) for p in model.rgb_encoder.parameters()}
+    assert not rgb & {id(p) for p in model.thermal_encoder.parameters()}
+
+
+def test_expert_shares(model):
+    model(*images((32, 40), batch=4))
+    shares = model.expert_shares()
+    assert shares.shape == (8, 3)
+    torch.testing.assert_close(shares.sum(1), torch.ones(8))
+
+
+class TestDefects:
+    """Section 8 of the method: what the published code got wrong stays right here."""
+
+    def test_4_no_clip_network_inside(self, model):
+        priors = [m for m in model.modules() if isinstance(m, TextPrior)]
+        assert len(priors) == 1
+        assert list(priors[0].parameters()) == []
+        assert not any("clip" in type(m).__module__ for m in model.modules())
+        tiny = build_model(
+            load_config("mfnet", ["model.text_prior=orthogonal", "model.pretrained=none"])
+        )
+        assert sum(p.numel() for p in tiny.parameters()) < 140e6
+
+    def test_5_each_downsampling_runs_once(self, model):
+        calls = []
+        for encoder in (model.rgb_encoder, model.thermal_encoder):
+            for layer in encoder.layers[:-1]:
+                layer.downsample.register_forward_hook(lambda *args: calls.append(args[0]))
+        model(*images((32, 40)))
+        assert len(calls) == 6
+
+    def test_5_no_module_is_built_in_forward(self, model, monkeypatch):
+        model(*images((32, 40)))
+
+        def refuse(self, *args, **kwargs):
+            raise AssertionError("a module was built in forward")
+
+        monkeypatch.setattr(nn.Module, "__init__", refuse)
+        model(*images((32, 40)))
+        haar_dwt2(torch.zeros(1, 1, 4, 4))
+
+
+class TestBuild:
+    """What the builder refuses, and in which words."""
+
+    def test_missing_text_prior_gives_the_command(self, tmp_path):
+        config = load_config("demo", [f"model.text_prior={tmp_path}/clip_text_demo.safetensors"])
+        with pytest.raises(InputError, match=r"tools/export_text_prior.py"):
+            build_model(config)
+
+    def test_missing_vmamba_weights_give_the_command(self, tmp_path):
+        config = load_config("demo", [f"model.pretrained={tmp_path}/vmamba.pth"])
+        with pytest.raises(InputError, match=r"tools/download_pretrained.py"):
+            build_model(config)
+
+    def test_pretrained_fills_both_encoders(self, tmp_path, config, model):
+        path = tmp_path / "vmamba.pth"
+        tensors = {n: torch.randn_like(v) for n, v in model.rgb_encoder.state_dict().items()}
+        torch.save({"model": tensors}, path)
+        built = build_model(load_config("demo", [f"model.pretrained={path}"]))
+        for encoder in (built.rgb_encoder, built.thermal_encoder):
+            for name, value in encoder.state_dict().items():
+                assert torch.equal(value, tensors[name]), name
+
+    def test_scan_backend_reaches_every_scan(self):
+        built = build_model(load_config("demo", ["model.scan_backend=reference"]))
+        backends = [m.scan_backend for m in built.modules() if hasattr(m, "scan_backend")]
+        assert len(backends) > 20
+        assert set(backends) == {"reference"}
+
+    def test_source_of_the_text_prior_is_known(self, model):
+        assert "orthogonal" in model.text_prior.source

@@ -1,0 +1,54 @@
+"""The heads: sizes, range, fixed gradients."""
+
+import pytest
+import torch
+
+from models.heads import FusionHead, GradientResidualBlock, SegmentationHead
+
+WIDTHS = (6, 8, 10, 12)
+
+
+def stage_maps(hw, batch=2):
+    return [
+        torch.randn(batch, width, *(-(-side // (4 * 2**stage)) for side in hw))
+        for stage, width in enumerate(WIDTHS)
+    ]
+
+
+@pytest.mark.parametrize("hw", [(64, 96), (33, 47), (32, 32)], ids=str)
+def test_segmentation_head_gives_logits_at_the_image_size(hw):
+    head = SegmentationHead(WIDTHS, num_classes=5, hidden=16, d_state=2)
+    assert head(stage_maps(hw), hw).shape == (2, 5, *hw)
+
+
+@pytest.mark.parametrize("hw", [(64, 96), (33, 47)], ids=str)
+def test_fusion_head_stays_in_range(hw):
+    head = FusionHead(WIDTHS, hidden=4)
+    rgb, thermal = torch.rand(2, 3, *hw), torch.rand(2, 3, *hw)
+    fused = head(stage_maps(hw), stage_maps(hw), rgb, thermal)
+    assert fused.shape == rgb.shape
+    assert fused.min() >= 0
+    assert fused.max() <= 1
+
+
+def test_fusion_head_is_not_stretched_per_image():
+    """Defect 6: evaluation stretched by its own minimum and maximum, so one pixel moved them all."""
+    torch.manual_seed(0)
+    head = FusionHead(WIDTHS, hidden=4).eval()
+    maps = stage_maps((64, 64), batch=1)
+    rgb, thermal = torch.rand(1, 3, 64, 64), torch.rand(1, 3, 64, 64)
+    before = head(maps, maps, rgb, thermal)
+    rgb[..., 0, 0] = 1.0 - rgb[..., 0, 0]
+    after = head(maps, maps, rgb, thermal)
+    torch.testing.assert_close(after[..., 10:, 10:], before[..., 10:, 10:])
+
+
+def test_gradient_block_trains_no_sobel_filter():
+    """Defect 6: the published "Sobel" filters were trainable."""
+    block = GradientResidualBlock(4)
+    assert {tuple(p.shape[-2:]) for p in block.gradient.parameters() if p.dim() == 4} == {(1, 1)}
+    flat = torch.full((1, 4, 8, 8), 0.3)
+    torch.nn.init.zeros_(block.project.weight)
+    torch.nn.init.zeros_(block.project.bias)
+    torch.nn.init.zeros_(block.gradient.bias)
+    assert block(flat).abs().max() < 1e-5  # no edges, nothing to add

@@ -1,0 +1,119 @@
+"""What the scripts share on the command line: common flags, exit codes, an orderly stop."""
+
+import argparse
+import signal
+import sys
+from collections.abc import Callable
+from types import FrameType
+from typing import NoReturn
+
+from configs import ConfigError, available_names
+from utils.errors import InputError
+
+EXIT_INPUT = 2
+
+
+class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    """The script's docstring as it is written, and the default behind each flag's help."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        if action.default in (None, False):
+            return action.help
+        return super()._get_help_string(action)
+
+
+class _Parser(argparse.ArgumentParser):
+    """A parser whose mistakes are InputErrors, so that they end as every other bad input."""
+
+    def error(self, message: str) -> NoReturn:
+        raise InputError(f"{message}; see `{self.prog} --help`")
+
+
+def common_parser(description: str | None, *, has_dataset: bool = True) -> argparse.ArgumentParser:
+    """The flags that all scripts take; each script adds its own.
+
+    Args:
+        description: the script's docstring; --help shows it as it is written.
+        has_dataset: False leaves out what names a dataset and its run folder (-n, --exp).
+    """
+    parser = _Parser(description=description, formatter_class=_HelpFormatter)
+    if has_dataset:
+        parser.add_argument(
+            "-n",
+            "--dataset_name",
+            required=True,
+            metavar="NAME",
+            help=f"{' | '.join(available_names())} (in any case), or a .yaml file of your own",
+        )
+        parser.add_argument(
+            "--exp",
+            default="exp",
+            metavar="NAME",
+            help="run folder inside experiment/<dataset>/",
+        )
+    parser.add_argument(
+        "-d",
+        "--devices",
+        metavar="LIST",
+        help='"0", "0,1" or "cpu" (default: every visible GPU of the process group, else the CPU)',
+    )
+    parser.add_argument(
+        "-p",
+        "--port",
+        type=int,
+        help="rendezvous port; where torchrun has set one, torchrun's is used",
+    )
+    parser.add_argument(
+        "--set",
+        nargs="+",
+        action="extend",
+        default=[],
+        metavar="SECTION.FIELD=VALUE",
+        help="change any config value, e.g. --set train.batch_size=2 data.num_workers=0",
+    )
+    parser.add_argument(
+        "--local-rank", "--local_rank", type=int, help=argparse.SUPPRESS
+    )  # torch.distributed.launch passes it; the environment says the same
+    return parser
+
+
+def run_main(main: Callable[[], int | None]) -> NoReturn:
+    """Run a script's main() and exit with the project's codes.
+
+    0 or what main returns; 2 with one line "error: ..." on stderr for bad input, a config that
+    cannot be used, or a loss that is not finite; 130 after Ctrl-C; anything else is unforeseen and
+    leaves its traceback and 1.
+    """
+    try:
+        code = main() or 0
+    except (InputError, ConfigError, FloatingPointError) as error:
+        sys.stderr.write(f"error: {' '.join(str(error).split())}\n")
+        code = EXIT_INPUT
+    except KeyboardInterrupt:
+        code = 128 + signal.SIGINT
+    sys.exit(code)
+
+
+class StopRequest:
+    """While the context is open, SIGINT and SIGTERM only leave a note; the loop stops by itself.
+
+    `signal` is the first one that came, or None. Loader processes forked meanwhile inherit this:
+    a signal to the whole process group does not take them away before the last step is saved.
+    """
+
+    def __init__(self) -> None:
+        self.signal: signal.Signals | None = None
+
+    def __enter__(self) -> "StopRequest":
+        self._previous = {
+            number: signal.signal(number, self._note) for number in (signal.SIGINT, signal.SIGTERM)
+        }
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+
+    def _note(self, number: int, _: FrameType | None) -> None:
+        if self.signal is None:
+            self.signal = signal.Signals(number)
