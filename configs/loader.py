@@ -9,11 +9,12 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from configs.schema import Config
+from utils.errors import InputError
 
 _FOLDER = Path(__file__).parent
 
 
-class ConfigError(ValueError):
+class ConfigError(InputError):
     """A config that cannot be used; the message is one line for the user."""
 
 

@@ -82,7 +82,9 @@ class TrainConfig(_Section):
     """The recipe of one run."""
 
     epochs: PositiveInt
-    max_steps: Annotated[PositiveInt | None, _none_word]  # ends earlier; the schedule ends there too
+    max_steps: Annotated[
+        PositiveInt | None, _none_word
+    ]  # ends earlier; the schedule ends there too
     batch_size: PositiveInt  # over all ranks
     crop: SizeHW
     scales: Annotated[tuple[Annotated[float, Field(gt=0, le=8)], ...], Field(min_length=1)]

@@ -185,7 +185,9 @@ class Pen:
         return item.x + self.sign * x * item.metre, item.foot - y * item.metre
 
     def polygon(self, points: Points, part: int) -> None:
-        self.canvas.polygon([self.at(x, y) for x, y in points], part)
+        metre = self.item.metre
+        scaled = np.asarray(points) * (self.sign * metre, -metre)
+        self.canvas.polygon(scaled + (self.item.x, self.item.foot), part)
 
     def box(self, left: float, bottom: float, right: float, top: float, part: int) -> None:
         self.polygon([(left, bottom), (right, bottom), (right, top), (left, top)], part)
@@ -232,11 +234,8 @@ def draw_scene(index: int, *, height: int, width: int, seed: int) -> Scene:
     _paint_kerbs(canvas, street, weather, rng)
     draw_items(canvas, _place_items(street, rng), weather, rng)
     looks = canvas.looks()
-    return Scene(
-        _render_rgb(canvas, looks, street, weather, rng),
-        _render_thermal(looks[..., 3], rng),
-        canvas.label(),
-    )
+    thermal = _render_thermal(looks[..., 3], rng)
+    return Scene(_render_rgb(canvas, looks, street, weather, rng), thermal, canvas.label())
 
 
 def draw_items(canvas: Canvas, items: Sequence[Item], weather: Weather, rng: Generator) -> None:
@@ -377,7 +376,7 @@ def _paint_front(
 
 
 def _place_items(street: Street, rng: Generator) -> list[Item]:
-    """People, cars, cones and what resembles or covers them, each at least half in sight."""
+    """People, cars, cones and what resembles or covers them, no two at nearly the same place."""
     wanted = ["person"] * rng.integers(1, 5) + ["cone"] * rng.integers(1, 5)
     wanted += [("car_end", "car_side")[rng.integers(2)] for _ in range(rng.integers(0, 3))]
     wanted += ["poster"] * (rng.random() < 0.35) + ["machine"] * (rng.random() < 0.5)
@@ -388,10 +387,9 @@ def _place_items(street: Street, rng: Generator) -> list[Item]:
         kind = _KINDS[name]
         for _ in range(6):  # tries
             near = rng.uniform(*kind.near)
-            across = (street.half_road * kind.side + rng.uniform(*kind.spread)) * rng.choice(
-                (-1, 1)
-            )
-            across = np.clip(across, street.across(0.05, near), street.across(0.95, near))
+            across = street.half_road * kind.side + rng.uniform(*kind.spread)
+            across *= 1 if rng.random() < 0.5 else -1
+            across = max(min(across, street.across(0.95, near)), street.across(0.05, near))
             item = Item(name, *street.point(across, near), near * street.height / _EYE_M)
             if all(_overlap(item, other) < 0.45 for other in items):
                 items.append(item)
@@ -427,8 +425,9 @@ def _draw_person(pen: Pen, weather: Weather, rng: Generator) -> None:
     """Warm; at night dressed nearly in the colors of what is behind."""
     colors = [_pick(rng, _CLOTHES), _pick(rng, _CLOTHES), _jitter(rng, _SKIN)]
     if weather.is_night:
-        behind = pen.canvas.color_near(*pen.at(0, 0.8), 0.6 * pen.item.metre)
-        colors = [0.88 * behind + 0.12 * color for color in colors]
+        for i, up in enumerate((0.4, 1.1, 1.6)):  # metres: legs, upper body, head
+            behind = pen.canvas.color_near(*pen.at(0, up), 0.35 * pen.item.metre)
+            colors[i] = 0.93 * behind + 0.07 * colors[i]
     excess = np.array((0.75, rng.uniform(0.65, 0.95), 1.0)) * (weather.body - weather.ground)
     _paint_figure(pen, colors, weather.ground + excess, rng)
 
@@ -528,7 +527,7 @@ def _draw_car_end(pen: Pen, weather: Weather, rng: Generator) -> None:
 
 def _draw_car_side(pen: Pen, weather: Weather, rng: Generator) -> None:
     """A car from the side."""
-    pen.sign = rng.choice((-1.0, 1.0))
+    pen.sign = 1.0 if rng.random() < 0.5 else -1.0
     car = _car_parts(pen, weather, rng)
     pen.polygon([(-1.95, 0.25), (1.95, 0.25), (1.95, 0.7), (1.1, 0.88), (-1.9, 0.88)], car.paint)
     pen.polygon([(1.95, 0.45), (1.95, 0.72), (1.05, 0.88), (1.05, 0.45)], car.engine)
@@ -699,7 +698,7 @@ def write_dataset(
         False where exactly this data set was there already, and nothing was done.
     Raises:
         InputError: counts without any scene or of an unknown split, too small a size, a folder
-            that holds anything else.
+            that holds anything else or that cannot be made.
     """
     unknown = sorted(set(counts) - set(SPLITS))
     if unknown or min(counts.values(), default=0) < 0 or not sum(counts.values()):
@@ -715,11 +714,16 @@ def write_dataset(
         "width": width,
         "seed": seed,
     }
+    folder = folder.resolve()
     if _is_drawn(folder, description, lists):
         return False
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{folder.name}-", dir=folder.parent) as aside:
-        drawn = Path(aside) / folder.name
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        aside = tempfile.TemporaryDirectory(prefix=f".{folder.name}-", dir=folder.parent)
+    except OSError as error:
+        raise InputError(f"cannot write into {folder.parent}: {error.strerror}") from error
+    with aside as path:
+        drawn = Path(path) / folder.name
         drawn.mkdir()
         for index, stem in enumerate(_all_stems(lists)):
             scene = draw_scene(index, height=height, width=width, seed=seed)

@@ -29,7 +29,7 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, An
     """Two groups, decayed and not, that hold every trainable parameter exactly once.
 
     Raises:
-        RuntimeError: a trainable parameter is in no group or in two.
+        RuntimeError: see check_complete.
     """
     trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
     groups = [
@@ -39,7 +39,7 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, An
         }
         for decayed in (True, False)
     ]
-    _check_complete(model, groups)
+    check_complete(model, groups)
     for group in groups:
         log.info(
             "weight decay %g: %d tensors, %d values",
@@ -48,6 +48,17 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, An
             sum(p.numel() for p in group["params"]),
         )
     return groups
+
+
+def check_complete(model: nn.Module, groups: list[dict[str, Any]]) -> None:
+    """Raise a RuntimeError that names every trainable parameter not in exactly one group."""
+    count = {p: 0 for p in model.parameters() if p.requires_grad}
+    for group in groups:
+        for parameter in group["params"]:
+            count[parameter] = count.get(parameter, 0) + 1
+    wrong = [name for name, p in model.named_parameters() if count.get(p, 1) != 1]
+    if wrong:
+        raise RuntimeError(f"not in exactly one parameter group: {', '.join(wrong)}")
 
 
 def build_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.AdamW:
@@ -96,13 +107,3 @@ def _names(optimizer: torch.optim.Optimizer, model: nn.Module) -> list[str]:
     """Names of the parameters in the order in which the optimiser numbers them."""
     name_of = {parameter: name for name, parameter in model.named_parameters()}
     return [name_of[p] for group in optimizer.param_groups for p in group["params"]]
-
-
-def _check_complete(model: nn.Module, groups: list[dict[str, Any]]) -> None:
-    count = {p: 0 for p in model.parameters() if p.requires_grad}
-    for group in groups:
-        for parameter in group["params"]:
-            count[parameter] = count.get(parameter, 0) + 1
-    wrong = [name for name, p in model.named_parameters() if count.get(p, 1) != 1]
-    if wrong:
-        raise RuntimeError(f"not in exactly one parameter group: {', '.join(wrong)}")

@@ -100,9 +100,7 @@ class FourierBranch(nn.Module):
             spectrum = torch.fft.rfft2(x.float(), norm="ortho")
             magnitude = spectrum.abs()
             phase = spectrum / magnitude.clamp_min(1e-8)
-            x = torch.fft.irfft2(
-                self.magnitude(magnitude) * phase, s=x.shape[-2:], norm="ortho"
-            )
+            x = torch.fft.irfft2(self.magnitude(magnitude) * phase, s=x.shape[-2:], norm="ortho")
         return self.gate(F.gelu(self.depthwise(self.reduce(x))))
 
 

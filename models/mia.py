@@ -47,9 +47,7 @@ class ModalInteractionAlignment(nn.Module):
         )
         self.interaction = RegionModalInteraction(channels, regions_per_side=regions_per_side)
 
-    def forward(
-        self, rgb: Tensor, thermal: Tensor, text_prior: TextPrior
-    ) -> tuple[Tensor, Tensor]:
+    def forward(self, rgb: Tensor, thermal: Tensor, text_prior: TextPrior) -> tuple[Tensor, Tensor]:
         context = self.context(torch.cat([rgb, thermal], dim=1))
         gate = self.text_gate(context, text_prior)  # (B, 1, P, P)
         return self.interaction(self.rgb_shuffle(rgb), self.thermal_shuffle(thermal), gate)
@@ -70,7 +68,7 @@ class ShuffleMambaBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.shuffle(x)
-        tokens = self.norm(x).flatten(2).transpose(1, 2)  # (B, L, C)
+        tokens = self.norm(x).flatten(2).transpose(1, 2).float()  # (B, L, C)
         tokens = self.mixer_norm(tokens).transpose(1, 2)  # (B, C, L)
         return x + self.mixer(tokens).view_as(x)
 

@@ -129,7 +129,9 @@ class LowRankExpert(nn.Module):
     def padded_weights(self, rank: int) -> tuple[Tensor, Tensor, Tensor]:
         """W1 (rank, C), W2 (rank, C), W3 (C, rank), zeros beyond the expert's own rank."""
         missing = rank - self.rank
-        down_x, down_k, up = (conv.weight.flatten(1) for conv in (self.down_x, self.down_k, self.up))
+        down_x, down_k, up = (
+            conv.weight.flatten(1) for conv in (self.down_x, self.down_k, self.up)
+        )
         return (
             F.pad(down_x, (0, 0, 0, missing)),
             F.pad(down_k, (0, 0, 0, missing)),
@@ -168,16 +170,32 @@ class Calibration(nn.Module):
 
     def __init__(self, channels: int) -> None:
         super().__init__()
-        self.aggregate = nn.ModuleList(
-            nn.Conv2d(channels, channels, 4, stride=4, groups=channels) for _ in range(2)
-        )
+        self.aggregate = nn.ModuleList(PatchAggregation(channels) for _ in range(2))
         self.conv = nn.Conv2d(channels, channels, 1)
 
     def forward(self, k: Tensor) -> Tensor:
         context = k
         for aggregate in self.aggregate:
-            context = F.gelu(aggregate(pad_to_multiple(context, 4, 4)))
+            context = F.gelu(aggregate(context))
         return k + resize(self.conv(context), k.shape[-2:])
+
+
+class PatchAggregation(nn.Conv2d):
+    """Depthwise convolution whose kernel is its stride: a weighted sum of each patch.
+
+    (B, C, H, W) -> (B, C, ceil(H/4), ceil(W/4)). As one product per channel: cuDNN runs this
+    convolution channel by channel, a thousand small kernels in one training step.
+    """
+
+    def __init__(self, channels: int, *, side: int = 4) -> None:
+        super().__init__(channels, channels, side, stride=side, groups=channels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        side_h, side_w = self.kernel_size
+        x = pad_to_multiple(x, side_h, side_w)
+        x = x.unflatten(3, (-1, side_w)).unflatten(2, (-1, side_h))  # (B, C, h, side, w, side)
+        x = torch.einsum("bchiwj,cij->bchw", x, self.weight[:, 0])
+        return x + self.bias[:, None, None]
 
 
 class SpatialModulatingExpert(nn.Module):

@@ -3,8 +3,11 @@
 from pathlib import Path
 
 import pytest
+import torch
 
 from configs import Config, load_config
+
+torch.set_num_threads(1)  # the tests run in parallel processes, one a core
 
 _SHARED = Path(__file__).resolve().parents[2] / "shared"
 

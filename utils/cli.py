@@ -7,7 +7,6 @@ from collections.abc import Callable
 from types import FrameType
 from typing import NoReturn
 
-from configs import ConfigError, available_names
 from utils.errors import InputError
 
 EXIT_INPUT = 2
@@ -43,7 +42,7 @@ def common_parser(description: str | None, *, has_dataset: bool = True) -> argpa
             "--dataset_name",
             required=True,
             metavar="NAME",
-            help=f"{' | '.join(available_names())} (in any case), or a .yaml file of your own",
+            help="mfnet | fmb | pst900 | msrs | demo, in any case, or a .yaml file of your own",
         )
         parser.add_argument(
             "--exp",
@@ -80,13 +79,13 @@ def common_parser(description: str | None, *, has_dataset: bool = True) -> argpa
 def run_main(main: Callable[[], int | None]) -> NoReturn:
     """Run a script's main() and exit with the project's codes.
 
-    0 or what main returns; 2 with one line "error: ..." on stderr for bad input, a config that
-    cannot be used, or a loss that is not finite; 130 after Ctrl-C; anything else is unforeseen and
-    leaves its traceback and 1.
+    0 or what main returns; 2 with one line "error: ..." on stderr for bad input (a ConfigError is
+    one, too) or a loss that is not finite; 130 after Ctrl-C; anything else is unforeseen and leaves
+    its traceback and 1.
     """
     try:
         code = main() or 0
-    except (InputError, ConfigError, FloatingPointError) as error:
+    except (InputError, FloatingPointError) as error:
         sys.stderr.write(f"error: {' '.join(str(error).split())}\n")
         code = EXIT_INPUT
     except KeyboardInterrupt:

@@ -31,26 +31,31 @@ def setup_devices(devices: str | None, port: int | None) -> Devices:
     Raises:
         InputError: no such GPU, or several GPUs for a single process.
     """
-    rank, local_rank, world_size = (
+    rank, local_rank, processes = (
         int(os.environ.get(name, default))
         for name, default in (("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1))
     )
     indices = _parse_devices(devices)
-    if world_size == 1:
+    if processes == 1:
         _check_single_process(indices, port)
     _compare_with_torchrun(indices, port)
     device = _choose_device(indices, local_rank)
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    if world_size > 1:
+    if processes > 1:
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
         dist.init_process_group(backend, init_method="env://")
-    return Devices(device, rank, local_rank, world_size)
+    return Devices(device, rank, local_rank, processes)
 
 
 def is_main_process() -> bool:
     """Whether this process writes files and logs; known before the ranks are connected, too."""
     return (dist.get_rank() if _is_connected() else int(os.environ.get("RANK", 0))) == 0
+
+
+def world_size() -> int:
+    """How many ranks are connected."""
+    return dist.get_world_size() if _is_connected() else 1
 
 
 def barrier() -> None:
@@ -72,16 +77,19 @@ def reduce_sum(tensor: Tensor) -> Tensor:
     return tensor
 
 
-def any_rank(flag: bool) -> bool:
-    """Whether the flag is set on any rank; all ranks get the same answer."""
-    return bool(reduce_sum(torch.tensor(int(flag))).item())
+def largest(value: int) -> int:
+    """The largest of all ranks' values, on every rank."""
+    tensor = torch.tensor(value)
+    if _is_connected():
+        dist.all_reduce(tensor, op=dist.ReduceOp.MAX)
+    return int(tensor)
 
 
 def gather_objects(value: Any) -> list[Any]:
     """Every rank's value, in the order of ranks, on every rank."""
     if not _is_connected():
         return [value]
-    values = [None] * dist.get_world_size()
+    values = [None] * world_size()
     dist.all_gather_object(values, value)
     return values
 

@@ -3,16 +3,21 @@
 import json
 import logging
 import sys
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from utils.run_folder import RunFolder
+
+log = logging.getLogger(__name__)
+
 _FORMAT = "%(asctime)s %(levelname)s %(message)s"
-ONLY_FILE = {"only_file": True}  # as `extra=`: a line for the log file that the console skips
 
 
 class _Console(logging.Handler):
@@ -65,7 +70,7 @@ class TensorBoard:
     """TensorBoard event files in one folder.
 
     Args:
-        from_step: entries after this step of an earlier part of the run are hidden.
+        from_step: entries after this step, of an earlier part of the run, are hidden.
     """
 
     def __init__(self, folder: Path, *, from_step: int = 0) -> None:
@@ -79,12 +84,120 @@ class TensorBoard:
             if value is not None:
                 self._writer.add_scalar(name, value, step)
 
-    def image(self, name: str, image: np.ndarray | Tensor, step: int) -> None:
+    def image(self, name: str, image: np.ndarray, step: int) -> None:
         """image: (H, W, 3) uint8."""
         self._writer.add_image(name, image, step, dataformats="HWC")
 
     def close(self) -> None:
         self._writer.close()
+
+
+class RunReport:
+    """One training run's progress, to all places at once; use it as a context.
+
+    On a terminal a bar shows progress and the log lines of single steps go to the file alone.
+
+    Args:
+        from_step: where the run begins (a resumed one later than 0).
+        is_enabled: False on every rank but the first, where nothing is written.
+    """
+
+    def __init__(
+        self, folder: RunFolder, *, from_step: int, total_steps: int, is_enabled: bool
+    ) -> None:
+        self._is_enabled = is_enabled
+        self._total_steps = total_steps
+        self._has_bar = is_enabled and sys.stderr.isatty()
+        self.start_clock(from_step)
+        if is_enabled:
+            self._metrics = MetricsFile(folder.metrics_file, from_step=from_step)
+            self._tensorboard = TensorBoard(folder.tensorboard, from_step=from_step)
+            self._bar = tqdm(
+                total=total_steps, initial=from_step, unit="step", disable=not self._has_bar
+            )
+
+    def __enter__(self) -> "RunReport":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._is_enabled:
+            self._bar.close()
+            self._metrics.close()
+            self._tensorboard.close()
+
+    def start_clock(self, step: int) -> None:
+        """Measure speed from here on, so that validation and saving do not count."""
+        self._clock_step, self._clock_time = step, time.perf_counter()
+
+    def steps(
+        self,
+        losses: Mapping[str, float],
+        expert_shares: Tensor,
+        *,
+        epoch: int,
+        step: int,
+        learning_rate: float,
+        batch_size: int,
+    ) -> None:
+        """Report the steps since the last call.
+
+        Args:
+            losses: mean of each part; "total" becomes "loss", others "loss_<part>".
+            expert_shares: (blocks, E), on the CPU.
+            batch_size: images per step over all ranks.
+        """
+        if not self._is_enabled:
+            return
+        seconds_per_step = (time.perf_counter() - self._clock_time) / (step - self._clock_step)
+        images_per_s = batch_size / seconds_per_step
+        self.start_clock(step)
+        parts = {f"loss_{part}": loss for part, loss in losses.items() if part != "total"}
+        entry = {
+            "loss": losses["total"],
+            **parts,
+            "lr": learning_rate,
+            "images_per_s": round(images_per_s, 3),
+        }
+        self._metrics.write({"step": step, "epoch": epoch, **entry})
+        shares = {
+            f"experts/block{block}_expert{expert}": share
+            for block, row in enumerate(expert_shares.tolist())
+            for expert, share in enumerate(row)
+        }
+        self._tensorboard.scalars(
+            {
+                **{f"loss/{part}": value for part, value in losses.items()},
+                "train/lr": learning_rate,
+                "train/images_per_s": images_per_s,
+                **shares,
+            },
+            step,
+        )
+        left = tqdm.format_interval((self._total_steps - step) * seconds_per_step)
+        shown = " ".join(f"{name} {value:.4g}" for name, value in entry.items())
+        log.info(
+            "epoch %d step %d/%d %s left %s",
+            *(epoch, step, self._total_steps, shown, left),
+            extra={"only_file": self._has_bar},
+        )
+        self._bar.set_postfix_str(f"{shown}{_gpu_memory()}", refresh=False)
+        self._bar.update(step - self._bar.n)
+
+    def validation(
+        self, scores: Mapping[str, float | None], example: np.ndarray | None, *, step: int
+    ) -> None:
+        """Report a validation: scores by TensorBoard name, and a picture (H, W, 3) uint8."""
+        if not self._is_enabled:
+            return
+        self._tensorboard.scalars(scores, step)
+        if example is not None:
+            self._tensorboard.image("examples", example, step)
+
+
+def _gpu_memory() -> str:
+    if not torch.cuda.is_initialized():
+        return ""
+    return f" {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB"
 
 
 def _whole_lines(path: Path) -> list[str]:

@@ -2,9 +2,20 @@
 
 import re
 from pathlib import Path
+from typing import Protocol
 
-from configs import Config
 from utils.errors import InputError
+
+
+class _Dataset(Protocol):
+    name: str
+
+
+class _Config(Protocol):
+    """What this file needs of configs.Config, which it may not import."""
+
+    experiment_path: str
+    data: _Dataset
 
 
 class RunFolder:
@@ -16,7 +27,7 @@ class RunFolder:
         InputError: `exp` is not a plain folder name.
     """
 
-    def __init__(self, config: Config, exp: str = "exp") -> None:
+    def __init__(self, config: _Config, exp: str = "exp") -> None:
         if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]*", exp):
             raise InputError(f"--exp takes a folder name of letters, digits, _ . -, got '{exp}'")
         self.path = Path(config.experiment_path) / config.data.name / exp

@@ -82,9 +82,7 @@ def test_fourier_branch_keeps_the_sign(hw):
     branch.reduce.register_forward_hook(lambda module, args, output: seen.append(args[0]))
     spatial, wavelet = torch.randn(2, 6, *hw), torch.randn(2, 6, *hw)
     branch(spatial, wavelet)
-    torch.testing.assert_close(
-        seen[0], torch.cat([spatial, wavelet], dim=1), rtol=1e-4, atol=1e-5
-    )
+    torch.testing.assert_close(seen[0], torch.cat([spatial, wavelet], dim=1), rtol=1e-4, atol=1e-5)
 
 
 def test_fourier_branch_stays_in_float32_under_autocast():

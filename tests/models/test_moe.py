@@ -3,9 +3,11 @@
 import pytest
 import torch
 
+from models.layers import pad_to_multiple
 from models.moe import (
     Calibration,
     LowRankMoE,
+    PatchAggregation,
     SemanticBranch,
     SpatialModulatingExpert,
     TopKRouter,
@@ -96,6 +98,15 @@ def test_calibration_takes_maps_smaller_than_its_stride(hw):
     torch.nn.init.zeros_(calibration.conv.weight)
     torch.nn.init.zeros_(calibration.conv.bias)
     assert torch.equal(calibration(k), k)
+
+
+@pytest.mark.parametrize("hw", [(8, 12), (7, 5)], ids=str)
+def test_aggregation_is_the_strided_convolution(hw):
+    aggregation = PatchAggregation(3)
+    x = torch.randn(2, 3, *hw)
+    padded = pad_to_multiple(x, 4, 4)
+    expected = torch.nn.Conv2d.forward(aggregation, padded)
+    torch.testing.assert_close(aggregation(x), expected)
 
 
 def test_spatial_expert_reaches_along_both_axes():

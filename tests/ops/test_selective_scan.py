@@ -141,9 +141,7 @@ def test_batch_equals_singles():
             name: value[index : index + 1] if value.dim() > 2 else value
             for name, value in inputs.items()
         }
-        torch.testing.assert_close(
-            selective_scan(**single, backend="chunked")[0], together[index]
-        )
+        torch.testing.assert_close(selective_scan(**single, backend="chunked")[0], together[index])
 
 
 @pytest.mark.parametrize("backend", ["reference", "chunked"])

@@ -90,6 +90,14 @@ def test_output_stays_local_to_its_pixel():
         torch.testing.assert_close(ss2d_scan(**inputs, scan=scan), 4 * inputs["x"])
 
 
+def test_training_after_inference_mode():
+    """Permutations are cached; a first use in inference mode must not bar a later backward."""
+    inputs = make_inputs(1, 2, (11, 3), 1, 1)
+    with torch.inference_mode():
+        ss2d_scan(**inputs, backend="chunked")
+    assert all(torch.isfinite(g).all() for g in run(inputs, backend="chunked").values())
+
+
 def test_gradcheck():
     inputs = make_inputs(1, 2, (3, 5), 2, 1)
     leaves = [value.requires_grad_() for value in inputs.values()]

@@ -46,9 +46,7 @@ def selective_scan(
         RuntimeError: a backend asked for by name cannot run here.
     """
     _check(u, delta, A, B, C, D, delta_bias)
-    return _implementation(backend, u.device.type)(
-        u, delta, A, B, C, D, delta_bias, delta_softplus
-    )
+    return _implementation(backend, u.device.type)(u, delta, A, B, C, D, delta_bias, delta_softplus)
 
 
 @functools.lru_cache(maxsize=16)  # so that "auto" says once per device what it chose

@@ -52,6 +52,13 @@ def _permutations(
     height: int, width: int, scan: str, window: int, device: torch.device
 ) -> tuple[Tensor, Tensor]:
     """For each direction the pixel that step l visits, and the step that visits pixel p; (4, L)."""
+    with torch.inference_mode(False):  # kept for training, even if evaluation comes first
+        return _make_permutations(height, width, scan, window, device)
+
+
+def _make_permutations(
+    height: int, width: int, scan: str, window: int, device: torch.device
+) -> tuple[Tensor, Tensor]:
     pixel = torch.arange(height * width, device=device)
     row, column = pixel // width, pixel % width
     side_y, side_x = (height, width) if scan == "cross" else (window, window)

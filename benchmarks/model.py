@@ -1,0 +1,139 @@
+"""Forward and train-step time and peak memory of the paper-size network.
+
+    python benchmarks/model.py                                  # this machine's GPU, else its CPU
+    python benchmarks/model.py --size 240 320 --batch 8 --precision bf16 --backend chunked triton
+
+Random images and weights; medians of the timed repeats after a warm-up; one table per call.
+"""
+
+import argparse
+import statistics
+import time
+from collections.abc import Callable
+from types import SimpleNamespace
+
+import torch
+
+from configs import Config, load_config
+from engine.losses import joint_loss
+from engine.optim import build_optimizer
+from models import CMFS, build_model
+from utils.environment import environment_info
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--model", default="tiny", choices=("tiny", "demo"))
+    parser.add_argument("--size", type=int, nargs=2, default=(480, 640), metavar=("H", "W"))
+    parser.add_argument("--batch", type=int, default=4, help="of the train step")
+    parser.add_argument("--precision", nargs="+", default=["tf32"], choices=PRECISIONS)
+    parser.add_argument("--backend", nargs="+", default=["auto"])
+    parser.add_argument("--repeats", type=int, default=10)
+    arguments = parser.parse_args()
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    print(f"machine: {environment_info()}")
+    print("| scan | precision | forward b1 ms | peak GB | train step ms | batch | peak GB |")
+    print("|---|---|---|---|---|---|---|")
+    for backend in arguments.backend:
+        config = load_config(
+            "msrs",
+            [
+                f"model.size={arguments.model}",
+                "model.text_prior=orthogonal",
+                "model.pretrained=none",
+                f"model.scan_backend={backend}",
+                f"train.crop={list(arguments.size)}",
+            ],
+        )
+        model = build_model(config).to(device)
+        for precision in arguments.precision:
+            forward = measure(forward_once(model, config, device, precision), device, arguments)
+            train = measure(
+                step_once(model, config, device, precision, arguments.batch), device, arguments
+            )
+            print(
+                f"| {backend} | {precision} | {forward[0]:.1f} | {forward[1]:.2f} "
+                f"| {train[0]:.1f} | {arguments.batch} | {train[1]:.2f} |",
+                flush=True,
+            )
+
+
+PRECISIONS = {  # autocast dtype, TF32
+    "float32": (None, False),
+    "tf32": (None, True),
+    "bf16": (torch.bfloat16, True),
+}
+
+
+def forward_once(
+    model: CMFS, config: Config, device: torch.device, precision: str
+) -> Callable[[], None]:
+    batch = random_batch(config, device, 1)
+
+    def run() -> None:
+        model.eval()
+        with torch.inference_mode(), autocast(device, precision):
+            model(batch.rgb, batch.thermal)
+
+    return run
+
+
+def step_once(
+    model: CMFS, config: Config, device: torch.device, precision: str, batch_size: int
+) -> Callable[[], None]:
+    batch = random_batch(config, device, batch_size)
+    optimizer = build_optimizer(model, config.train)
+
+    def run() -> None:
+        model.train()
+        optimizer.zero_grad(set_to_none=True)
+        with autocast(device, precision):
+            output = model(batch.rgb, batch.thermal)
+        joint_loss(output, batch, config.loss)["total"].backward()
+        optimizer.step()
+
+    return run
+
+
+def autocast(device: torch.device, precision: str) -> torch.autocast:
+    dtype, uses_tf32 = PRECISIONS[precision]
+    torch.set_float32_matmul_precision("high" if uses_tf32 else "highest")
+    torch.backends.cudnn.allow_tf32 = uses_tf32
+    return torch.autocast(device.type, dtype=dtype, enabled=dtype is not None)
+
+
+def random_batch(config: Config, device: torch.device, batch_size: int) -> SimpleNamespace:
+    shape = (batch_size, *config.train.crop)
+    return SimpleNamespace(
+        rgb=torch.rand(batch_size, 3, *config.train.crop, device=device),
+        thermal=torch.rand(batch_size, 3, *config.train.crop, device=device),
+        label=torch.randint(0, config.data.num_classes, shape, device=device),
+        valid=torch.ones(shape, dtype=torch.bool, device=device),
+    )
+
+
+def measure(
+    run: Callable[[], None], device: torch.device, arguments: argparse.Namespace
+) -> tuple[float, float]:
+    """Median milliseconds and peak gigabytes (0 on a CPU)."""
+    is_cuda = device.type == "cuda"
+    for _ in range(2):
+        run()
+    if is_cuda:
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+    times = []
+    for _ in range(arguments.repeats):
+        start = time.perf_counter()
+        run()
+        if is_cuda:
+            torch.cuda.synchronize()
+        times.append(1e3 * (time.perf_counter() - start))
+    peak = torch.cuda.max_memory_allocated() / 1e9 if is_cuda else 0.0
+    return statistics.median(times), peak
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,192 @@
+"""From a config to loaders: which images make which batch on which rank, and the workers."""
+
+import itertools
+import logging
+import multiprocessing
+import os
+import signal
+import sys
+import threading
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+
+import cv2
+import torch
+from torch.utils.data import DataLoader, Sampler, default_collate
+
+from configs import Config
+from dataloader.dataset import (
+    Sample,
+    SampleKey,
+    SegmentationPairs,
+    read_names,
+    seeded_generator,
+)
+from dataloader.transforms import RandomScaleCropMirror
+from utils.errors import InputError
+
+
+class EpochSampler(Sampler[list[SampleKey]]):
+    """This rank's batches of an epoch, in an order that follows from seed and epoch alone.
+
+    The images of a step over all ranks are the same for every number of ranks. What does not fill
+    the last step is left out; each epoch leaves out others.
+
+    Attributes:
+        start_batch: batches of this epoch to skip, for a run that goes on in its middle.
+    """
+
+    def __init__(
+        self, length: int, batch_size: int, *, seed: int, rank: int = 0, world_size: int = 1
+    ) -> None:
+        """length: images of the split; batch_size: over all ranks, a multiple of world_size."""
+        super().__init__()
+        if batch_size % world_size:
+            raise InputError(
+                f"train.batch_size {batch_size} (over all processes) is no multiple of the "
+                f"{world_size} processes; set it to {-(-batch_size // world_size) * world_size}"
+            )
+        if length < batch_size:
+            raise InputError(
+                f"the training split has {length} images, fewer than train.batch_size "
+                f"{batch_size}; set a smaller one"
+            )
+        self.length = length
+        self.batch_size = batch_size
+        self.seed = seed
+        self.rank_slice = slice(rank, None, world_size)
+        self.epoch = 0
+        self.start_batch = 0
+
+    def set_epoch(self, epoch: int) -> None:
+        """Choose the epoch, from its first batch on."""
+        self.epoch = epoch
+        self.start_batch = 0
+
+    def __len__(self) -> int:
+        """Batches of a whole epoch, whatever start_batch is."""
+        return self.length // self.batch_size
+
+    def __iter__(self) -> Iterator[list[SampleKey]]:
+        generator = seeded_generator(self.seed, self.epoch)
+        order = torch.randperm(self.length, generator=generator).tolist()
+        for batch in range(self.start_batch, len(self)):
+            images = order[batch * self.batch_size :][: self.batch_size]
+            yield [SampleKey(self.epoch, index) for index in images[self.rank_slice]]
+
+
+class PairLoader(DataLoader):
+    """A DataLoader of batches (Sample with B in front), each of images of one size.
+
+    An InputError in a worker is raised here as it was raised there. Where images differ in size a
+    listed batch comes in parts, so len() is then a lower bound.
+    """
+
+    def __init__(
+        self, pairs: SegmentationPairs, batches: Iterable[list[SampleKey]], *, keep_workers: bool
+    ) -> None:
+        num_workers = pairs.config.num_workers
+        super().__init__(
+            pairs,
+            batch_sampler=batches,
+            num_workers=num_workers,
+            collate_fn=_collate,
+            pin_memory=torch.cuda.is_available(),
+            worker_init_fn=_prepare_worker,
+            generator=torch.Generator(),  # else each epoch draws from the global one
+            persistent_workers=keep_workers and num_workers > 0,
+        )
+
+    def __iter__(self) -> Iterator[Sample]:
+        with _group_signals_blocked():
+            collated = super().__iter__()
+        return _unpack(collated)
+
+
+def build_train_loader(config: Config, *, rank: int = 0, world_size: int = 1) -> PairLoader:
+    """Batches of augmented crops of the training split; batch_sampler is an EpochSampler.
+
+    Raises:
+        InputError: what SegmentationPairs or EpochSampler finds, or a missing val.txt: the best
+            checkpoint must not be chosen on other images.
+    """
+    read_names(config.data, "val")
+    transform = RandomScaleCropMirror(
+        config.train.crop, config.train.scales, use_mirror=config.train.mirror
+    )
+    pairs = SegmentationPairs(config.data, "train", transform, seed=config.seed)
+    sampler = EpochSampler(
+        len(pairs), config.train.batch_size, seed=config.seed, rank=rank, world_size=world_size
+    )
+    return PairLoader(pairs, sampler, keep_workers=True)
+
+
+def build_eval_loader(
+    config: Config,
+    split: str,
+    *,
+    rank: int = 0,
+    world_size: int = 1,
+    batch_size: int | None = None,
+    need_labels: bool = False,
+) -> PairLoader:
+    """Whole images in the order of the list, each once over all ranks.
+
+    Args:
+        batch_size: of this rank; None is eval.batch_size.
+        need_labels: False lets a set without a label folder pass, with labels of 255.
+    """
+    pairs = SegmentationPairs(config.data, split, need_labels=need_labels)
+    keys = [SampleKey(0, index) for index in range(rank, len(pairs), world_size)]
+    size = batch_size or config.eval.batch_size
+    batches = [keys[start : start + size] for start in range(0, len(keys), size)]
+    return PairLoader(pairs, batches, keep_workers=config.data.cache == "ram")
+
+
+def _collate(samples: list[Sample | InputError]) -> list[Sample | InputError]:
+    """Batches of neighbours of one size, or the error that took their place."""
+    if isinstance(samples[0], InputError):
+        return samples
+    groups = itertools.groupby(samples, key=lambda sample: sample.label.shape)
+    batches = [default_collate(list(group)) for _, group in groups]
+    return [batch._replace(name=list(batch.name)) for batch in batches]
+
+
+def _unpack(collated: Iterable[list[Sample | InputError]]) -> Iterator[Sample]:
+    for batch in itertools.chain.from_iterable(collated):
+        if isinstance(batch, InputError):
+            raise batch
+        yield batch
+
+
+@contextmanager
+def _group_signals_blocked() -> Iterator[None]:
+    """Block SIGINT and SIGTERM; a process that is started meanwhile keeps them blocked for good.
+
+    Both are sent to whole process groups. The main process then finishes its step and saves, for
+    which it needs its workers.
+    """
+    if sys.platform != "linux":  # others cannot tell who sent a signal; see _obey_main_process
+        yield
+        return
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def _prepare_worker(worker: int) -> None:
+    """One thread, no warnings that the main process gave, and an end at its command alone."""
+    cv2.setNumThreads(0)
+    logging.getLogger("utils.image").setLevel(logging.ERROR)
+    if sys.platform == "linux":
+        threading.Thread(target=_obey_main_process, daemon=True).start()
+
+
+def _obey_main_process() -> None:
+    """End this worker on a SIGTERM from its main process, which so ends those left at its exit."""
+    main_process = multiprocessing.parent_process().pid
+    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != main_process:
+        pass
+    os._exit(0)

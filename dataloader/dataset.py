@@ -1,0 +1,274 @@
+"""From a split list on disk to samples: find the files, read, check and transform them."""
+
+import os
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from configs.schema import DataConfig
+from dataloader.transforms import Pair, Transform
+from utils.errors import InputError
+from utils.image import UNKNOWN_LABEL, read_label, read_rgb, read_thermal
+
+IMAGE_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff"})
+_SHOWN_NAMES = 10  # of a long list in an error
+
+
+class Sample(NamedTuple):
+    """One pair as the network takes it; a batch is the same with B in front."""
+
+    rgb: Tensor  # (3, H, W) float32 in [0, 1]
+    thermal: Tensor  # (3, H, W) float32 in [0, 1], three equal channels
+    label: Tensor  # (H, W) int64, 255 = ignored
+    valid: Tensor  # (H, W) bool, False where padded
+    name: str  # the stem; in a batch a list of them
+
+
+class SampleKey(NamedTuple):
+    """What a sampler asks for: image `index`, transformed as epoch `epoch` transforms it."""
+
+    epoch: int
+    index: int
+
+
+class PairFiles(NamedTuple):
+    """Where one pair lies."""
+
+    rgb: Path
+    thermal: Path
+    label: Path | None  # None in a set without labels
+
+
+class SegmentationPairs(Dataset[Sample]):
+    """The pairs of one split.
+
+    With data.cache = ram each process keeps what it has decoded, 5 bytes a pixel (1.5 MB a pair of
+    480x640); with workers every worker comes to hold the whole split.
+
+    Args:
+        split: name of a list, such as "train", "val", "test" or "test_day".
+        transform: applied with a generator seeded by (seed, epoch, index), so that a sample is
+            the same in every process; None leaves the pair as it is.
+        need_labels: False allows a set without a label folder; its labels are all 255.
+    Raises:
+        InputError: a missing folder, list or file, a bad list; on access a bad image or label.
+    """
+
+    def __init__(
+        self,
+        config: DataConfig,
+        split: str,
+        transform: Transform | None = None,
+        *,
+        seed: int = 0,
+        need_labels: bool = True,
+    ) -> None:
+        self.config = config
+        self.transform = transform
+        self.seed = seed
+        self.names = read_names(config, split)
+        self.files = find_files(config, self.names, need_labels=need_labels)
+        self._cache: dict[int, Pair] = {}
+        read_thermal(self.files[0].thermal)  # a 16-bit set is announced here, not by each worker
+
+    @property
+    def has_labels(self) -> bool:
+        return self.files[0].label is not None
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def __getitem__(self, key: SampleKey | int) -> Sample:
+        """One sample; a plain index means epoch 0."""
+        epoch, index = key if isinstance(key, tuple) else (0, key)
+        pair = self._read(index)
+        if self.transform is not None:
+            pair = self.transform(pair, seeded_generator(self.seed, epoch, index))
+        return self._to_sample(pair, self.names[index])
+
+    def __getitems__(self, keys: Sequence[SampleKey | int]) -> list[Sample | InputError]:
+        """A batch's samples, for DataLoader; an InputError comes as a value, in their place.
+
+        DataLoader would raise one from a worker with the worker's traceback as its message.
+        """
+        try:
+            return [self[key] for key in keys]
+        except InputError as error:
+            return [error]
+
+    def _read(self, index: int) -> Pair:
+        pair = self._cache.get(index)
+        if pair is None:
+            pair = read_pair(self.files[index], self.config)
+            if self.config.cache == "ram":
+                self._cache[index] = pair
+        return pair
+
+    def _to_sample(self, pair: Pair, name: str) -> Sample:
+        rgb = _to_unit_range(pair.rgb.transpose(2, 0, 1))
+        thermal = _to_unit_range(pair.thermal[None]).expand(3, -1, -1)
+        if self.config.modalities == "rgb":
+            thermal = torch.full_like(rgb, 0.5)
+        elif self.config.modalities == "thermal":
+            rgb = torch.full_like(rgb, 0.5)
+        label = torch.from_numpy(pair.label.astype(np.int64))
+        valid = torch.from_numpy(pair.valid.astype(bool))
+        return Sample(rgb, thermal.contiguous(), label, valid, name)
+
+
+def read_names(config: DataConfig, split: str) -> list[str]:
+    """The stems of a split; with train_on_val, "train" is train.txt and val.txt together."""
+    folder = Path(config.path).expanduser()
+    if not folder.is_dir():
+        raise InputError(
+            f"dataset folder {folder} does not exist; put the data there (datasets/README.md) or "
+            "say where it is: --set data.dataset_path=..."
+        )
+    names = read_split(folder, split)
+    if split == "train" and config.train_on_val:
+        names += read_split(folder, "val")
+        _check_unique(names, f"{folder / 'train.txt'} and val.txt together")
+    return names
+
+
+def read_split(folder: Path, split: str) -> list[str]:
+    """The stems that folder/<split>.txt lists, one a line; an image suffix is dropped.
+
+    Raises:
+        InputError: no such list, an empty one, a name twice or with a folder in it.
+    """
+    path = folder / f"{split}.txt"
+    if not path.is_file():
+        if split == "val":
+            way_out = "divide train.txt with tools/prepare_dataset.py --val-fraction"
+        else:
+            way_out = "it lists the split's file names without suffix, one a line"
+        raise InputError(f"{path} does not exist; {way_out}")
+    try:
+        lines = path.read_text(encoding="utf-8-sig").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{path} cannot be read as a text in UTF-8: {error}") from error
+    names = [_to_stem(line.strip()) for line in lines if line.strip()]
+    if not names:
+        raise InputError(f"{path} is empty; it lists file names without suffix, one a line")
+    outside = [name for name in names if "/" in name or "\\" in name or name in (".", "..")]
+    if outside:
+        raise InputError(
+            f"{path}: '{outside[0]}' is no plain file name; list names without their folder"
+        )
+    _check_unique(names, str(path))
+    return names
+
+
+def find_files(config: DataConfig, names: Sequence[str], *, need_labels: bool) -> list[PairFiles]:
+    """The files of listed stems, by stem whatever their suffix; nothing is opened.
+
+    Raises:
+        InputError: a folder or file that is missing, or two files of one stem.
+    """
+    root = Path(config.path).expanduser()
+    fields = ["rgb_folder", "thermal_folder", "label_folder"]
+    if not need_labels and not (root / config.label_folder).is_dir():
+        fields.remove("label_folder")
+    missing, columns = [], []
+    for field in fields:
+        folder = root / getattr(config, field)
+        if not folder.is_dir():
+            raise InputError(
+                f"folder {folder} does not exist; put the images there or set data.{field}"
+            )
+        by_stem = _files_by_stem(folder)
+        for name in names:
+            if len(by_stem.get(name, ())) > 1:
+                both = " and ".join(sorted(path.name for path in by_stem[name]))
+                raise InputError(f"{folder} holds {both}: two files of one name; remove one")
+        missing += [f"{folder.name}/{name}" for name in names if name not in by_stem]
+        columns.append([by_stem[name][0] for name in names if name in by_stem])
+    if missing:
+        raise InputError(
+            f"{root}: {len(missing)} files of {len(names)} listed pairs are missing: "
+            f"{_shorten(missing)}; add them or take their names off the list"
+        )
+    if "label_folder" not in fields:
+        columns.append([None] * len(names))
+    return [PairFiles(*paths) for paths in zip(*columns, strict=True)]
+
+
+def read_pair(files: PairFiles, config: DataConfig) -> Pair:
+    """Decode one pair and check it; background becomes 255 where config says to ignore it.
+
+    Raises:
+        InputError: unreadable, sizes that differ, or a label with values that are no class.
+    """
+    rgb, thermal = read_rgb(files.rgb), read_thermal(files.thermal)
+    _check_size(files.thermal, thermal, files.rgb, rgb)
+    if files.label is None:
+        label = np.full_like(thermal, UNKNOWN_LABEL)
+    else:
+        label = read_label(files.label, config.palette)
+        _check_size(files.label, label, files.rgb, rgb)
+        _check_classes(label, files.label, config.num_classes)
+    if config.ignore_background:
+        label[label == 0] = UNKNOWN_LABEL
+    return Pair(rgb, thermal, label, np.ones_like(label))
+
+
+def seeded_generator(*numbers: int) -> torch.Generator:
+    """A generator whose draws follow from the numbers, each 0 or more, alone."""
+    state = np.random.SeedSequence(numbers).generate_state(1)
+    return torch.Generator().manual_seed(int(state[0]))
+
+
+def _to_unit_range(image: np.ndarray) -> Tensor:
+    """(C, H, W) uint8 -> float32 in [0, 1]."""
+    return torch.from_numpy(np.ascontiguousarray(image)).float().div_(255)
+
+
+def _to_stem(line: str) -> str:
+    stem, suffix = os.path.splitext(line)
+    return stem if suffix.lower() in IMAGE_SUFFIXES else line
+
+
+def _files_by_stem(folder: Path) -> dict[str, list[Path]]:
+    files: dict[str, list[Path]] = {}
+    for path in folder.iterdir():
+        if path.suffix.lower() in IMAGE_SUFFIXES:
+            files.setdefault(path.stem, []).append(path)
+    return files
+
+
+def _shorten(names: Sequence[str]) -> str:
+    rest = len(names) - _SHOWN_NAMES
+    return ", ".join(names[:_SHOWN_NAMES]) + (f" and {rest} more" if rest > 0 else "")
+
+
+def _check_unique(names: Sequence[str], source: str) -> None:
+    repeated = [name for name, count in Counter(names).items() if count > 1]
+    if repeated:
+        raise InputError(f"{source}: listed more than once: {_shorten(repeated)}; keep one of each")
+
+
+def _check_size(path: Path, image: np.ndarray, rgb_path: Path, rgb: np.ndarray) -> None:
+    if image.shape != rgb.shape[:2]:
+        got, expected = (f"{shape[0]}x{shape[1]}" for shape in (image.shape, rgb.shape))
+        raise InputError(
+            f"{path} is {got} but {rgb_path} is {expected} (height x width); the images of a pair "
+            "must be registered, of one size"
+        )
+
+
+def _check_classes(label: np.ndarray, path: Path, num_classes: int) -> None:
+    wrong = label[(label >= num_classes) & (label != UNKNOWN_LABEL)]
+    if wrong.size:
+        values, counts = np.unique(wrong, return_counts=True)
+        found = [f"{value} ({count} pixels)" for value, count in zip(values, counts, strict=True)]
+        raise InputError(
+            f"label {path} holds {_shorten(found)}; data.class_names has classes 0 to "
+            f"{num_classes - 1}, and 255 is unknown"
+        )

@@ -1,0 +1,246 @@
+"""The state of a training run: built, saved, and put back exactly."""
+
+import logging
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from configs import Config
+from engine.checkpoint import (
+    Checkpoint,
+    load_checkpoint,
+    load_weights,
+    remove_old_epochs,
+    save_checkpoint,
+)
+from engine.optim import build_optimizer, load_optimizer_state, optimizer_state
+from models import CMFS
+from utils.distributed import Devices, gather_objects, is_main_process, largest
+from utils.errors import InputError
+from utils.run_folder import RunFolder
+from utils.seed import rng_state, set_rng_state
+
+log = logging.getLogger(__name__)
+
+# What a resumed run may change in the sections that otherwise say what is trained on what.
+_FREE_ON_RESUME = {
+    "data.dataset_path",
+    "data.num_workers",
+    "data.cache",
+    "data.palette",
+    "model.pretrained",
+    "model.scan_backend",
+}
+_FIXED_ON_RESUME = ("data.", "model.", "seed", "train.crop", "train.batch_size")
+
+
+@dataclass
+class TrainingState:
+    """Everything that a step changes, and the frame that it changes in."""
+
+    model: CMFS
+    network: nn.Module  # the model, or its data-parallel wrapper
+    optimizer: torch.optim.Optimizer
+    scaler: torch.amp.GradScaler
+    steps_per_epoch: int
+    total_steps: int
+    epoch: int = 0  # the running one, from 0
+    batch: int = 0  # batches done in it
+    step: int = 0  # steps done in all
+    best_miou: float = -1.0
+
+    @property
+    def epochs_done(self) -> int:
+        return self.epoch + (self.batch == self.steps_per_epoch)
+
+    @property
+    def is_finished(self) -> bool:
+        return self.step >= self.total_steps
+
+
+def starting_point(folder: RunFolder, *, resume: bool) -> Path | None:
+    """The checkpoint to go on from, or None for a new run.
+
+    Raises:
+        InputError: a new run would write into the folder of another one.
+    """
+    found = sorted(path.name for path in folder.checkpoints.glob("*.pth"))
+    if not found:
+        return None
+    if not resume:
+        raise InputError(
+            f"{folder.path} already holds a run ({len(found)} checkpoints): go on with --resume, "
+            f"or begin another one with --exp NAME"
+        )
+    if not folder.last_checkpoint.is_file():
+        raise InputError(
+            f"--resume needs {folder.last_checkpoint}, but there is only {', '.join(found)}; "
+            f"begin another run with --exp NAME"
+        )
+    return folder.last_checkpoint
+
+
+def build_state(
+    config: Config, model: CMFS, devices: Devices, *, steps_per_epoch: int
+) -> TrainingState:
+    """Put the network on its device and give it an optimiser; GPUs that share get SyncBatchNorm."""
+    device, is_shared = devices.device, devices.world_size > 1
+    is_cuda = device.type == "cuda"
+    if is_shared and is_cuda:
+        model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
+    model = model.to(device)
+    network: nn.Module = model
+    if is_shared:
+        network = DistributedDataParallel(model, device_ids=[device.index] if is_cuda else None)
+    total_steps = config.train.epochs * steps_per_epoch
+    return TrainingState(
+        model=model,
+        network=network,
+        optimizer=build_optimizer(model, config.train),
+        scaler=torch.amp.GradScaler(device.type, enabled=config.train.precision == "fp16"),
+        steps_per_epoch=steps_per_epoch,
+        total_steps=min(total_steps, config.train.max_steps or total_steps),
+    )
+
+
+def check_weights(state: TrainingState) -> None:
+    """Refuse to save a network that a last bad gradient has poisoned.
+
+    Raises:
+        FloatingPointError: on every rank, if a weight or a running statistic is not finite.
+    """
+    floats = [t for t in state.model.state_dict().values() if t.is_floating_point()]
+    is_finite = bool(torch.stack([t.isfinite().all() for t in floats]).all())
+    if largest(int(not is_finite)):
+        raise FloatingPointError(
+            f"weights are not finite after step {state.step}, although its loss was; the "
+            f"checkpoints of earlier steps are intact: lower train.lr or set train.clip_grad_norm"
+        )
+
+
+def save_last(state: TrainingState, config: Config, folder: RunFolder) -> None:
+    """Write epoch-last.pth with all that an exact resume needs; every rank takes part."""
+    check_weights(state)
+    training_state = {
+        "optimizer": optimizer_state(state.optimizer, state.model),
+        "scaler": state.scaler.state_dict(),
+        "rng": gather_objects(rng_state()),
+        "epoch": state.epoch,
+        "batch": state.batch,
+        "steps_per_epoch": state.steps_per_epoch,
+        "best_miou": state.best_miou,
+    }
+    if is_main_process():
+        save_checkpoint(
+            folder.last_checkpoint,
+            model=state.model,
+            config=config,
+            epoch=state.epochs_done,
+            step=state.step,
+            training_state=training_state,
+        )
+
+
+def save_epoch(state: TrainingState, config: Config, folder: RunFolder) -> None:
+    """Write epoch-N.pth where the config wants one, and remove the oldest."""
+    epoch, train = state.epochs_done, config.train
+    is_whole = state.batch == state.steps_per_epoch
+    is_due = epoch >= train.checkpoint_start and epoch % train.checkpoint_every == 0
+    if is_main_process() and is_whole and is_due:
+        save_checkpoint(
+            folder.epoch_checkpoint(epoch),
+            model=state.model,
+            config=config,
+            epoch=epoch,
+            step=state.step,
+        )
+        remove_old_epochs(folder.checkpoints, train.keep_last)
+
+
+def save_best(
+    state: TrainingState, config: Config, folder: RunFolder, metrics: dict[str, Any]
+) -> None:
+    """Write best.pth, with the scores that made it the best."""
+    if is_main_process():
+        save_checkpoint(
+            folder.best_checkpoint,
+            model=state.model,
+            config=config,
+            epoch=state.epochs_done,
+            step=state.step,
+            metrics=metrics,
+        )
+
+
+def restore(state: TrainingState, path: Path, config: Config, devices: Devices) -> None:
+    """Go on from a checkpoint: network, optimiser, scaler, position, random generators.
+
+    Raises:
+        InputError: the checkpoint is of another network, other data, or holds no training state.
+    """
+    checkpoint = load_checkpoint(path)
+    check_resume(path, checkpoint, config)
+    saved = checkpoint.training_state
+    if saved is None:
+        raise InputError(f"{path} holds no training state; only epoch-last.pth can be resumed")
+    if saved["steps_per_epoch"] != state.steps_per_epoch:
+        raise InputError(
+            f"{path} was made with {saved['steps_per_epoch']} steps in an epoch, the data gives "
+            f"{state.steps_per_epoch} now; restore the list, or begin another run with --exp NAME"
+        )
+    load_weights(state.model, checkpoint, path)
+    load_optimizer_state(state.optimizer, state.model, saved["optimizer"])
+    if saved["scaler"]:
+        state.scaler.load_state_dict(saved["scaler"])
+    state.epoch, state.batch, state.step = saved["epoch"], saved["batch"], checkpoint.step
+    state.best_miou = saved["best_miou"]
+    if len(saved["rng"]) == devices.world_size:
+        set_rng_state(saved["rng"][devices.rank])
+    else:
+        log.warning(
+            "saved with %d ranks, resumed with %d: dropout draws other numbers than it would have",
+            len(saved["rng"]),
+            devices.world_size,
+        )
+    log.info("resumed from %s: epoch %d, step %d", path, checkpoint.epoch, checkpoint.step)
+
+
+def check_resume(path: str | Path, checkpoint: Checkpoint, config: Config) -> None:
+    """Refuse to resume with another network or other data; log what else has changed.
+
+    Raises:
+        InputError: names every value that must stay, as it was and as it is now.
+    """
+    before, now = (
+        dict(_flatten(tree)) for tree in (checkpoint.config, config.model_dump(mode="json"))
+    )
+    changed = {
+        key: f"{key} from {before.get(key)} to {now.get(key)}"
+        for key in sorted(before.keys() | now.keys())
+        if before.get(key) != now.get(key)
+    }
+    refused = [
+        text
+        for key, text in changed.items()
+        if key.startswith(_FIXED_ON_RESUME) and key not in _FREE_ON_RESUME
+    ]
+    if refused:
+        raise InputError(
+            f"{path} cannot be resumed with another config: {'; '.join(refused)}; give the old "
+            f"values, or begin another run with --exp NAME"
+        )
+    for text in changed.values():
+        log.info("resumed with a change of %s", text)
+
+
+def _flatten(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in tree.items():
+        if isinstance(value, Mapping):
+            yield from _flatten(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value

@@ -1,0 +1,219 @@
+"""The training loop: fit() takes a network and two loaders, and leaves checkpoints and logs."""
+
+import json
+import logging
+import signal
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+
+from configs import Config, dump_config
+from engine.evaluate import evaluate_segmentation
+from engine.losses import Batch, joint_loss
+from engine.optim import lr_at
+from engine.state import TrainingState, build_state, restore, save_best, save_epoch, save_last
+from models import CMFS
+from utils.cli import StopRequest
+from utils.distributed import (
+    Devices,
+    gather_objects,
+    is_main_process,
+    largest,
+    reduce_sum,
+    world_size,
+)
+from utils.environment import environment_info
+from utils.log import RunReport
+from utils.run_folder import RunFolder
+
+log = logging.getLogger(__name__)
+
+_AUTOCAST_DTYPES = {"float32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+class StepLosses(NamedTuple):
+    """What one step leaves on the device until it is read."""
+
+    step: int
+    images: list[str]
+    parts: dict[str, Tensor]  # each ()
+    expert_shares: Tensor  # (blocks, E)
+
+
+def fit(
+    config: Config,
+    model: CMFS,
+    train_loader: DataLoader,
+    val_loader: DataLoader,
+    *,
+    folder: RunFolder,
+    devices: Devices,
+    resume_from: Path | None = None,
+) -> int:
+    """Train to the end of the schedule, or until SIGINT or SIGTERM.
+
+    epoch-last.pth is written after every epoch, before the validation, and at a stop: a resumed
+    run repeats no step, and at most one validation.
+
+    Returns:
+        0, or the number of the signal that stopped the run, its exact state in epoch-last.pth.
+    Raises:
+        FloatingPointError: a loss or a weight is not finite; the checkpoints stay as they were.
+        InputError: resume_from does not belong to this run, or the disk is full.
+    """
+    state = build_state(config, model, devices, steps_per_epoch=len(train_loader))
+    if resume_from is not None:
+        restore(state, resume_from, config, devices)
+    if is_main_process():
+        write_run_files(config, folder)
+    log.info("text prior: %s", state.model.text_prior.source)
+    log.info("begins after step %d of %d", state.step, state.total_steps)
+    report = RunReport(
+        folder, from_step=state.step, total_steps=state.total_steps, is_enabled=is_main_process()
+    )
+    with report, StopRequest() as stop:
+        while True:
+            stopped = train_epoch(state, train_loader, config, devices.device, stop, report)
+            save_last(state, config, folder)
+            if stopped:
+                log.info("%s: saved after step %d", signal.Signals(stopped).name, state.step)
+                return stopped
+            save_epoch(state, config, folder)
+            if state.is_finished or state.epochs_done % config.train.val_every == 0:
+                validate(state, val_loader, config, devices.device, folder, report)
+            if state.is_finished:
+                return 0
+            state.epoch, state.batch = state.epoch + 1, 0
+
+
+def train_epoch(
+    state: TrainingState,
+    loader: DataLoader,
+    config: Config,
+    device: torch.device,
+    stop: StopRequest,
+    report: RunReport,
+) -> int:
+    """Run what is left of the epoch; returns the signal that came to any rank, or 0.
+
+    Losses stay on the device; they are read, and checked, when a log line is due and at the end.
+    """
+    loader.batch_sampler.set_epoch(state.epoch)
+    loader.batch_sampler.start_batch = state.batch
+    batches = iter(loader)
+    state.model.train()
+    report.start_clock(state.step)
+    window: list[StepLosses] = []
+    stopped = 0
+    while not (stopped or state.is_finished or state.batch == state.steps_per_epoch):
+        learning_rate = set_learning_rate(state, config)
+        window.append(train_step(state, to_device(next(batches), device), config))
+        if state.step % config.train.log_every == 0 or state.is_finished:
+            losses, expert_shares = read_losses(window)
+            report.steps(
+                losses,
+                expert_shares,
+                epoch=state.epoch + 1,
+                step=state.step,
+                learning_rate=learning_rate,
+                batch_size=config.train.batch_size,
+            )
+            window.clear()
+        stopped = largest(stop.signal or 0)
+    return stopped
+
+
+def train_step(state: TrainingState, batch: Batch, config: Config) -> StepLosses:
+    """Forward, backward, one step of the optimiser."""
+    dtype = _AUTOCAST_DTYPES[config.train.precision]
+    with torch.autocast(batch.rgb.device.type, dtype=dtype, enabled=dtype is not None):
+        output = state.network(batch.rgb, batch.thermal)
+    parts = joint_loss(output, batch, config.loss)
+    state.optimizer.zero_grad()
+    state.scaler.scale(parts["total"]).backward()
+    if config.train.clip_grad_norm is not None:
+        state.scaler.unscale_(state.optimizer)
+        nn.utils.clip_grad_norm_(state.model.parameters(), config.train.clip_grad_norm)
+    state.scaler.step(state.optimizer)
+    state.scaler.update()
+    state.step += 1
+    state.batch += 1
+    parts = {name: part.detach() for name, part in parts.items()}
+    return StepLosses(state.step, batch.name, parts, state.model.expert_shares())
+
+
+def set_learning_rate(state: TrainingState, config: Config) -> float:
+    """Give the optimiser the rate of the coming step; returns it."""
+    learning_rate = config.train.lr * lr_at(
+        state.step,
+        total_steps=state.total_steps,
+        warmup_steps=round(config.train.warmup_epochs * state.steps_per_epoch),
+        power=config.train.poly_power,
+    )
+    for group in state.optimizer.param_groups:
+        group["lr"] = learning_rate
+    return learning_rate
+
+
+def read_losses(window: list[StepLosses]) -> tuple[dict[str, float], Tensor]:
+    """Means of the losses and of the expert shares (blocks, E), over some steps and all ranks.
+
+    Raises:
+        FloatingPointError: on every rank, with the step, the parts and the images of one that is
+            not finite.
+    """
+    values = torch.stack([torch.stack(list(step.parts.values())) for step in window]).cpu()
+    shares = torch.stack([step.expert_shares for step in window]).cpu()
+    bad = [step for step, row in zip(window, values, strict=True) if not row.isfinite().all()]
+    if largest(len(bad)):
+        found = [text for text in gather_objects(_describe(bad[0]) if bad else None) if text]
+        raise FloatingPointError(found[0])
+    names = list(window[0].parts)
+    means = reduce_sum(values.mean(0)) / world_size()
+    return dict(zip(names, means.tolist(), strict=True)), reduce_sum(shares.mean(0)) / world_size()
+
+
+def _describe(step: StepLosses) -> str:
+    parts = ", ".join(f"{name} {float(part):g}" for name, part in step.parts.items())
+    return (
+        f"the loss is not finite at step {step.step}: {parts}; images {', '.join(step.images)}; "
+        f"the checkpoints of earlier steps are intact: look at these images, or lower train.lr"
+    )
+
+
+def to_device(batch: Batch, device: torch.device) -> Batch:
+    """The same batch with its tensors on the device."""
+    return type(batch)(
+        *(x.to(device, non_blocking=True) if isinstance(x, Tensor) else x for x in batch)
+    )
+
+
+def write_run_files(config: Config, folder: RunFolder) -> None:
+    """Leave the resolved config and the environment beside the run's results."""
+    folder.path.mkdir(parents=True, exist_ok=True)
+    folder.config_file.write_text(dump_config(config), encoding="utf-8")
+    environment = json.dumps(environment_info(), indent=2) + "\n"
+    folder.environment_file.write_text(environment, encoding="utf-8")
+
+
+def validate(
+    state: TrainingState,
+    loader: DataLoader,
+    config: Config,
+    device: torch.device,
+    folder: RunFolder,
+    report: RunReport,
+) -> None:
+    """Score the validation split; the best mIoU so far makes best.pth."""
+    state.model.eval()
+    metrics = evaluate_segmentation(state.model, loader, config, device)
+    miou = metrics["miou"]
+    log.info("epoch %d step %d validation mIoU %s", state.epochs_done, state.step, miou)
+    scores = {f"val_iou/{name}": iou for name, iou in metrics["class_iou"].items()}
+    report.validation({"val/miou": miou, **scores}, None, step=state.step)
+    if miou is not None and miou > state.best_miou:
+        state.best_miou = miou
+        save_best(state, config, folder, metrics)

@@ -1,0 +1,490 @@
+"""The training loop: exact resume, orderly stop, bad losses, what is kept and logged, two ranks."""
+
+import inspect
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+
+import pytest
+import torch
+from torch import nn
+
+from configs import Config, load_config
+from dataloader.build import build_eval_loader, build_train_loader
+from engine import trainer
+from engine.checkpoint import load_checkpoint
+from engine.state import starting_point
+from engine.trainer import fit
+from models import CMFSOutput, build_model
+from models.text_prior import TextPrior
+from utils.distributed import Devices
+from utils.errors import InputError
+from utils.run_folder import RunFolder
+from utils.seed import seed_everything
+
+CPU = Devices(torch.device("cpu"), 0, 0, 1)
+
+
+class SmallNetwork(nn.Module):
+    """What the loop needs of CMFS, in one convolution with batch statistics and dropout."""
+
+    def __init__(self, num_classes: int) -> None:
+        super().__init__()
+        self.text_prior = TextPrior(torch.eye(2), source="none")
+        self.mix = nn.Sequential(
+            nn.Conv2d(6, num_classes + 3, 3, padding=1), nn.BatchNorm2d(num_classes + 3)
+        )
+        self.dropout = nn.Dropout2d(0.3)
+
+    def forward(self, rgb, thermal):
+        x = self.dropout(self.mix(torch.cat([rgb, thermal], dim=1)))
+        return CMFSOutput(x[:, 3:], x[:, :3].sigmoid(), balance_loss=x.new_ones(()))
+
+    def expert_shares(self):
+        return torch.tensor([[0.5, 0.5]])
+
+
+def build_small(config: Config, *, from_checkpoint: bool = False) -> SmallNetwork:
+    return SmallNetwork(config.data.num_classes)
+
+
+@pytest.fixture
+def configure(demo_dataset, tmp_path):
+    """A config of four steps an epoch on 32x32 crops, with drop path and dropout at work."""
+
+    def with_overrides(*overrides: str) -> Config:
+        return load_config(
+            "demo",
+            [
+                f"data.dataset_path={demo_dataset}",
+                f"experiment_path={tmp_path}",
+                "model.drop_path=0.2",
+                "train.crop=[32,32]",
+                "train.batch_size=2",
+                "train.log_every=1",
+                *overrides,
+            ],
+        )
+
+    return with_overrides
+
+
+@pytest.fixture
+def no_validation(monkeypatch):
+    """Validation that costs nothing and finds nothing."""
+    scores = {"miou": None, "class_iou": {}}
+    monkeypatch.setattr(trainer, "evaluate_segmentation", lambda *_, **__: scores)
+
+
+def run(config: Config, exp: str = "exp", *, resume: bool = False, build=build_small) -> int:
+    """What train.py does between its arguments and its exit code."""
+    folder = RunFolder(config, exp)
+    resume_from = starting_point(folder, resume=resume)
+    seed_everything(config.seed)
+    return fit(
+        config,
+        build(config, from_checkpoint=resume_from is not None),
+        build_train_loader(config),
+        build_eval_loader(config, "val"),
+        folder=folder,
+        devices=CPU,
+        resume_from=resume_from,
+    )
+
+
+def change_loss(monkeypatch, change) -> None:
+    """Call change(step, parts) on the parts of every step's loss."""
+    real, steps = trainer.joint_loss, iter(range(1, 10**6))
+
+    def joint_loss(*arguments):
+        parts = real(*arguments)
+        change(next(steps), parts)
+        return parts
+
+    monkeypatch.setattr(trainer, "joint_loss", joint_loss)
+
+
+def kill_at(step: int, number: int):
+    def change(now, parts):
+        if now == step:
+            os.kill(os.getpid(), number)
+
+    return change
+
+
+def poison_at(step: int):
+    def change(now, parts):
+        if now == step:
+            for name in ("total", "fusion"):
+                parts[name] = parts[name] * float("nan")
+
+    return change
+
+
+def metrics_of(config: Config, exp: str = "exp") -> list[dict]:
+    lines = RunFolder(config, exp).metrics_file.read_text().splitlines()
+    return [json.loads(line) for line in lines]
+
+
+def assert_same(found, expected, where="checkpoint"):
+    """Equal values, tensors bit for bit, through dicts, lists and tuples."""
+    if isinstance(expected, torch.Tensor):
+        assert torch.equal(found, expected), where
+    elif isinstance(expected, dict):
+        assert found.keys() == expected.keys(), where
+        for key, value in expected.items():
+            assert_same(found[key], value, f"{where}.{key}")
+    elif isinstance(expected, list | tuple):
+        assert len(found) == len(expected), where
+        for index, value in enumerate(expected):
+            assert_same(found[index], value, f"{where}[{index}]")
+    else:
+        assert found == expected, where
+
+
+@pytest.mark.parametrize(
+    ("stop_after", "build"),
+    [(3, build_model), (3, build_small), (4, build_small)],
+    ids=["CMFS, inside an epoch", "inside an epoch", "at its end"],
+)
+def test_stop_and_resume_equal_one_run_bit_for_bit(configure, monkeypatch, stop_after, build):
+    """Method, Sec. 8, defect 2: network, optimiser, position, generators and best come back."""
+    config = configure("train.max_steps=6", "train.val_every=1")
+    assert run(config, "whole", build=build) == 0
+
+    with monkeypatch.context() as patch:
+        change_loss(patch, kill_at(stop_after, signal.SIGTERM))
+        assert run(config, "parts", build=build) == signal.SIGTERM
+    stopped = load_checkpoint(RunFolder(config, "parts").last_checkpoint)
+    assert stopped.step == stop_after
+    assert run(config, "parts", resume=True, build=build) == 0
+
+    whole, parts = (RunFolder(config, exp) for exp in ("whole", "parts"))
+    expected, found = (load_checkpoint(folder.last_checkpoint) for folder in (whole, parts))
+    assert any(len(state) for state in expected.training_state["optimizer"]["state"].values())
+    assert expected.training_state["best_miou"] >= 0
+    assert_same(found._asdict(), expected._asdict())
+    best, best_found = (load_checkpoint(folder.best_checkpoint) for folder in (whole, parts))
+    assert_same(best_found._asdict(), best._asdict())
+
+    speeds = ("images_per_s",)
+    logged = [
+        [{k: v for k, v in line.items() if k not in speeds} for line in metrics_of(config, exp)]
+        for exp in ("whole", "parts")
+    ]
+    assert [line["step"] for line in logged[0]] == [1, 2, 3, 4, 5, 6]
+    assert logged[1] == logged[0]
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_ends_the_run_after_its_step(configure, monkeypatch, no_validation, number):
+    config = configure("train.log_every=100")
+    change_loss(monkeypatch, kill_at(2, number))
+    assert run(config) == number
+    saved = load_checkpoint(RunFolder(config).last_checkpoint)
+    assert (saved.step, saved.epoch, saved.training_state["batch"]) == (2, 0, 2)
+
+
+def test_a_loss_that_is_not_finite_says_where_and_saves_nothing(
+    configure, monkeypatch, no_validation
+):
+    config = configure("train.log_every=2", "train.max_steps=12")
+    seen = []
+
+    class Loader:
+        """The train loader, remembering the names of every batch."""
+
+        def __init__(self, loader):
+            self.loader, self.batch_sampler = loader, loader.batch_sampler
+
+        def __len__(self):
+            return len(self.loader)
+
+        def __iter__(self):
+            for batch in self.loader:
+                seen.append(batch.name)
+                yield batch
+
+    real = build_train_loader
+    monkeypatch.setitem(globals(), "build_train_loader", lambda config: Loader(real(config)))
+    change_loss(monkeypatch, poison_at(7))
+    with pytest.raises(FloatingPointError) as error:
+        run(config)
+    text = str(error.value)
+    assert "step 7" in text
+    assert "total nan" in text and "fusion nan" in text and "segmentation nan" not in text
+    assert all(name in text for name in seen[6])
+    saved = load_checkpoint(RunFolder(config).last_checkpoint)
+    assert saved.step == 4, "the last good checkpoint stays"
+    assert all(t.isfinite().all() for t in saved.model.values() if t.is_floating_point())
+
+
+def test_a_bad_loss_between_two_log_lines_is_found_before_saving(
+    configure, monkeypatch, no_validation
+):
+    config = configure("train.log_every=100")
+    change_loss(monkeypatch, poison_at(3))
+    with pytest.raises(FloatingPointError, match="step 3"):
+        run(config)
+    assert not RunFolder(config).checkpoints.exists()
+
+
+def test_weights_poisoned_by_a_gradient_are_never_saved(configure, monkeypatch, no_validation):
+    """The loss of the epoch's last step is finite, its gradient is not."""
+
+    def change(step, parts):
+        if step == 4:
+            parts["total"].register_hook(lambda gradient: gradient * float("nan"))
+
+    change_loss(monkeypatch, change)
+    config = configure("train.max_steps=4")
+    with pytest.raises(FloatingPointError, match="weights are not finite after step 4"):
+        run(config)
+    assert not RunFolder(config).checkpoints.exists()
+
+
+def test_best_checkpoint_follows_the_validation(configure, monkeypatch):
+    scores = iter([0.2, 0.5, None, 0.3])
+    monkeypatch.setattr(
+        trainer,
+        "evaluate_segmentation",
+        lambda *_, **__: {"miou": next(scores), "class_iou": {"car": None}},
+    )
+    config = configure("train.epochs=4", "train.val_every=1", "train.batch_size=8")
+    assert run(config) == 0
+    best = load_checkpoint(RunFolder(config).best_checkpoint)
+    assert (best.epoch, best.metrics["miou"], best.training_state) == (2, 0.5, None)
+
+
+@pytest.mark.parametrize(
+    ("start", "every", "keep", "epochs"),
+    [(2, 1, 2, [4, 5]), (2, 2, 5, [2, 4]), (9, 1, 5, [])],
+)
+def test_kept_epochs(configure, no_validation, start, every, keep, epochs):
+    config = configure(
+        "train.epochs=5",
+        "train.batch_size=8",
+        f"train.checkpoint_start={start}",
+        f"train.checkpoint_every={every}",
+        f"train.keep_last={keep}",
+    )
+    run(config)
+    folder = RunFolder(config).checkpoints
+    names = {"epoch-last.pth", *(f"epoch-{epoch}.pth" for epoch in epochs)}
+    assert {path.name for path in folder.iterdir()} == names
+
+
+def test_validation_epochs(configure, monkeypatch):
+    """Every val_every epochs, and at the end."""
+    seen = []
+    monkeypatch.setattr(
+        trainer,
+        "evaluate_segmentation",
+        lambda *_, **__: seen.append(len(metrics_of(config))) or {"miou": None, "class_iou": {}},
+    )
+    config = configure("train.epochs=5", "train.batch_size=8", "train.val_every=2")
+    run(config)
+    assert seen == [2, 4, 5]
+
+
+def test_metrics_every_few_steps_are_means_of_them(configure, no_validation):
+    config = configure("train.max_steps=4")
+    run(config, "each")
+    run(configure("train.max_steps=4", "train.log_every=2"), "pairs")
+    each, pairs = metrics_of(config, "each"), metrics_of(config, "pairs")
+    assert [line["step"] for line in pairs] == [2, 4]
+    assert pairs[1]["loss"] == pytest.approx((each[2]["loss"] + each[3]["loss"]) / 2)
+    assert list(each[0])[:3] == ["step", "epoch", "loss"]
+    parts = ("segmentation", "fusion", "intensity", "gradient", "color", "balance")
+    assert each[0].keys() >= {f"loss_{part}" for part in parts} | {"lr", "images_per_s"}
+
+
+def test_learning_rate_of_each_step_follows_the_schedule(configure, no_validation):
+    config = configure("train.max_steps=4", "train.warmup_epochs=0.5", "train.poly_power=1")
+    run(config)
+    factors = [line["lr"] / config.train.lr for line in metrics_of(config)]
+    assert factors == pytest.approx([0.5, 0.75, 0.5, 0.25])
+
+
+def test_files_that_describe_the_run(configure, no_validation):
+    config = configure("train.max_steps=1")
+    run(config)
+    folder = RunFolder(config)
+    assert load_config(str(folder.config_file)) == config
+    assert "packages" in json.loads(folder.environment_file.read_text())
+
+
+def test_clipping_bounds_the_gradient(configure, monkeypatch, no_validation):
+    norms = []
+    real = torch.optim.AdamW.step
+
+    def step(self, *arguments, **keywords):
+        gradients = [p.grad.flatten() for g in self.param_groups for p in g["params"]]
+        norms.append(float(torch.cat(gradients).norm()))
+        return real(self, *arguments, **keywords)
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", step)
+    run(configure("train.max_steps=1", "train.clip_grad_norm=1.0e-3"))
+    run(configure("train.max_steps=1"), "free")
+    assert norms[0] == pytest.approx(1e-3, rel=1e-2)
+    assert norms[1] > 1e-2
+
+
+@pytest.mark.parametrize(
+    ("precision", "build"), [("bf16", build_model), ("fp16", build_small)], ids=["bf16", "fp16"]
+)
+def test_autocast_trains(configure, no_validation, precision, build):
+    config = configure("train.max_steps=2", f"train.precision={precision}")
+    run(config, build=build)
+    saved = load_checkpoint(RunFolder(config).last_checkpoint)
+    assert all(t.dtype == torch.float32 for t in saved.model.values() if t.is_floating_point())
+    assert bool(saved.training_state["scaler"]) == (precision == "fp16")
+
+
+def touch_checkpoints(config: Config, *names: str) -> RunFolder:
+    folder = RunFolder(config)
+    folder.checkpoints.mkdir(parents=True)
+    for name in names:
+        (folder.checkpoints / name).touch()
+    return folder
+
+
+@pytest.mark.parametrize("name", ["epoch-last.pth", "epoch-5.pth", "best.pth"])
+def test_another_runs_folder_is_not_overwritten(configure, name):
+    folder = touch_checkpoints(configure(), name)
+    with pytest.raises(InputError, match="--resume, or begin another one with --exp NAME"):
+        starting_point(folder, resume=False)
+
+
+def test_resume_needs_the_last_checkpoint(configure):
+    folder = touch_checkpoints(configure(), "epoch-5.pth", "best.pth")
+    with pytest.raises(InputError, match=r"epoch-last\.pth, but there is only best\.pth, epoch-5"):
+        starting_point(folder, resume=True)
+
+
+def test_resume_of_nothing_begins(configure):
+    assert starting_point(RunFolder(configure()), resume=True) is None
+
+
+@pytest.fixture
+def begun(configure, no_validation):
+    """A run that stopped after one step; gives its config with changes."""
+    run(configure("train.max_steps=1"))
+    return configure
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["train.crop=[64,64]"], r"train.crop from \[32, 32\] to \[64, 64\]"),
+        (["model.drop_path=0.1"], "model.drop_path from 0.2 to 0.1"),
+        (["data.modalities=rgb"], "data.modalities from both to rgb"),
+        (["train.batch_size=4"], "train.batch_size from 2 to 4"),
+        (["seed=1"], "seed from 3407 to 1"),
+        (["data.class_names=[background,person,bus,cone,kerb]"], "data.class_names from"),
+    ],
+)
+def test_resume_with_another_network_or_data_is_refused(begun, overrides, message):
+    before = RunFolder(begun()).last_checkpoint.read_bytes()
+    with pytest.raises(InputError, match=message) as error:
+        run(begun(*overrides), resume=True)
+    assert "--exp NAME" in str(error.value)
+    assert RunFolder(begun()).last_checkpoint.read_bytes() == before
+
+
+def test_resume_with_another_recipe_says_so(begun, caplog):
+    with caplog.at_level("INFO"):
+        run(begun("train.max_steps=2", "train.weight_decay=0.5"), resume=True)
+    assert "train.weight_decay from 0.01 to 0.5" in caplog.text
+    assert load_checkpoint(RunFolder(begun()).last_checkpoint).step == 2
+
+
+def test_resume_with_another_list_is_refused(begun, monkeypatch):
+    real = build_train_loader
+
+    def shorter(config):
+        loader = real(config)
+        loader.batch_sampler.length = 6
+        return loader
+
+    monkeypatch.setitem(globals(), "build_train_loader", shorter)
+    with pytest.raises(InputError, match="4 steps in an epoch, the data gives 3"):
+        run(begun("train.max_steps=2"), resume=True)
+
+
+def without_batch_statistics(module: nn.Module) -> None:
+    """Exchange what makes an image's output depend on its batch or on chance."""
+    for name, child in module.named_children():
+        if isinstance(child, nn.BatchNorm2d):
+            setattr(module, name, nn.GroupNorm(1, child.num_features))
+        elif isinstance(child, nn.Dropout2d):
+            child.p = 0.0
+        else:
+            without_batch_statistics(child)
+
+
+TWO_RANKS = f"""
+import sys
+from torch import nn
+from configs import load_config
+from dataloader.build import build_eval_loader, build_train_loader
+from engine import trainer
+from models import build_model
+from utils.distributed import gather_objects, setup_devices, shutdown
+from utils.run_folder import RunFolder
+from utils.seed import seed_everything
+
+{inspect.getsource(without_batch_statistics)}
+
+devices = setup_devices("cpu", None)
+config = load_config(sys.argv[1])
+trainer.evaluate_segmentation = lambda *_, **__: {{"miou": None, "class_iou": {{}}}}
+seed_everything(config.seed + devices.rank)
+model = build_model(config)
+without_batch_statistics(model)
+ranks = {{"rank": devices.rank, "world_size": devices.world_size}}
+loaders = build_train_loader(config, **ranks), build_eval_loader(config, "val", **ranks)
+trainer.fit(config, model, *loaders, folder=RunFolder(config, "two"), devices=devices)
+sums = gather_objects([float(p.detach().double().sum()) for p in model.parameters()])
+assert sums[0] == sums[1], "ranks differ"
+shutdown()
+"""
+
+
+def test_two_ranks_agree_and_give_the_loss_of_one(configure, no_validation, tmp_path):
+    """Weights are equal on both ranks, and losses as with one process and the same whole batch.
+
+    Both sides have GroupNorm for BatchNorm, no dropout and no balance loss, whose values depend on
+    how a batch is divided; all the rest of the network and of the loop is compared.
+    """
+    config = configure("train.max_steps=3", "model.drop_path=0", "loss.balance_weight=0")
+
+    def build(config, *, from_checkpoint):
+        model = build_model(config)
+        without_batch_statistics(model)
+        return model
+
+    run(config, "one", build=build)
+    script, config_file = tmp_path / "two_ranks.py", RunFolder(config, "one").config_file
+    script.write_text(TWO_RANKS)
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2"]
+    result = subprocess.run(
+        [*launcher, f"--master_port={port}", str(script), str(config_file)],
+        env={**os.environ, "PYTHONPATH": os.getcwd(), "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert result.returncode == 0, result.stderr[-3000:]
+    one, two = metrics_of(config, "one"), metrics_of(config, "two")
+    assert len(one) == len(two) == 3
+    for name in ("loss", "loss_segmentation", "loss_fusion", "lr"):
+        assert [line[name] for line in two] == pytest.approx([line[name] for line in one], rel=1e-5)
+    saved = load_checkpoint(RunFolder(config, "two").last_checkpoint)
+    assert len(saved.training_state["rng"]) == 2

@@ -1,0 +1,157 @@
+"""train.py from its arguments to its exit code."""
+
+import logging
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+import train
+from engine.checkpoint import load_checkpoint, select_checkpoints
+from utils.cli import run_main
+from utils.run_folder import RunFolder
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture(autouse=True)
+def restored_logging():
+    """train.py sets up the root logger; later tests get it back."""
+    root = logging.getLogger()
+    handlers, level = list(root.handlers), root.level
+    root.handlers.clear()
+    yield
+    for handler in root.handlers:
+        handler.close()
+    root.handlers[:] = handlers
+    root.setLevel(level)
+
+
+@pytest.fixture
+def arguments(demo_dataset, tmp_path) -> list[str]:
+    return [
+        *["-n", "Demo", "-d", "cpu", "--set"],
+        f"data.dataset_path={demo_dataset}",
+        f"experiment_path={tmp_path}",
+        "train.crop=[32,32]",
+        "train.batch_size=2",
+        "train.log_every=1",
+    ]
+
+
+@pytest.fixture
+def run_train(monkeypatch, capsys):
+    """Run train.py in this process; gives its exit code, stdout and stderr."""
+
+    def run(*arguments: str) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["train.py", *arguments])
+        with pytest.raises(SystemExit) as stop:
+            run_main(train.main)
+        return stop.value.code or 0, *capsys.readouterr()
+
+    return run
+
+
+def assert_one_error_line(outcome, *words):
+    code, _, err = outcome
+    assert code == 2, err
+    assert err.startswith("error: ") and err.count("\n") == 1
+    assert all(word in err for word in words), err
+
+
+def test_unknown_dataset_names_the_nearest(run_train):
+    """Method, Sec. 8, defect 7: an unknown name silently trained MFNet."""
+    assert_one_error_line(run_train("-n", "mfnett"), "'mfnett'", "did you mean 'mfnet'", "pst900")
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        ([], ["-n/--dataset_name", "--help"]),
+        (["-n", "demo", "--set", "train.batchsize=2"], ["batchsize", "batch_size"]),
+        (["-n", "demo", "--exp", "../other"], ["--exp"]),
+        (["-n", "demo", "-e", "5"], ["-e"]),
+    ],
+    ids=["no dataset", "unknown key", "folder elsewhere", "unknown flag"],
+)
+def test_bad_arguments(run_train, flags, words):
+    assert_one_error_line(run_train(*flags), *words)
+
+
+def test_two_devices_in_one_process(run_train, arguments, tmp_path):
+    outcome = run_train(*arguments, "-d", "0,1", "-p", "29588")
+    assert_one_error_line(outcome, "torchrun --nproc_per_node=2 --master_port=29588")
+
+
+def test_missing_validation_list_is_found_before_the_first_step(run_train, arguments, tmp_path):
+    (tmp_path / "data").mkdir()
+    for entry in Path(arguments[5].partition("=")[2]).iterdir():
+        if entry.name != "val.txt":
+            (tmp_path / "data" / entry.name).symlink_to(entry)
+    outcome = run_train(*arguments, f"data.dataset_path={tmp_path / 'data'}")
+    assert_one_error_line(outcome, "val.txt")
+    assert not list(tmp_path.rglob("*.pth"))
+
+
+def test_help_is_the_manual(run_train):
+    code, out, _ = run_train("--help")
+    assert code == 0
+    assert train.__doc__.strip() in out
+    assert "--resume" in out and "(default: exp)" in out
+
+
+def test_a_started_run_is_not_overwritten(run_train, arguments, tmp_path):
+    folder = tmp_path / "Demo" / "exp"
+    (folder / "checkpoint").mkdir(parents=True)
+    (folder / "checkpoint" / "best.pth").touch()
+    assert_one_error_line(run_train(*arguments), str(folder), "--resume", "--exp NAME")
+    assert [path.name for path in folder.iterdir()] == ["checkpoint"]
+
+
+def test_sigterm_saves_and_resume_goes_on(run_train, arguments, tmp_path):
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(
+        [sys.executable, "train.py", *arguments],
+        cwd=ROOT,
+        env=environment,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    metrics = tmp_path / "Demo" / "exp" / "metrics.jsonl"
+    end = time.monotonic() + 120
+    while not (metrics.exists() and metrics.read_text()) and process.poll() is None:
+        assert time.monotonic() < end, "no step within two minutes"
+        time.sleep(0.05)
+    process.send_signal(signal.SIGTERM)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 143, err
+    last = tmp_path / "Demo" / "exp" / "checkpoint" / "epoch-last.pth"
+    step = load_checkpoint(last).step
+    assert step >= 1
+
+    code, out, err = run_train(*arguments, f"train.max_steps={step + 1}", "--resume")
+    assert code == 0, err
+    assert f"step {step + 1}/{step + 1}" in out
+    assert load_checkpoint(last).step == step + 1
+    log_lines = (last.parents[1] / "train_output.log").read_text()
+    assert f"SIGTERM: saved after step {step}" in log_lines
+    assert "resumed from" in log_lines
+
+
+def test_one_run_from_nothing_leaves_what_eval_looks_for(run_train, arguments, tmp_path):
+    """Method, Sec. 8, defect 7: train and eval looked in different folders."""
+    changes = ["train.max_steps=1", "train.batch_size=8"]
+    code, out, err = run_train(*arguments, *changes, "--resume", "--exp", "other")
+    assert code == 0, err
+    assert "there is no checkpoint" in out and "training begins" in out
+    config = train.load_config("demo", [f"experiment_path={tmp_path}"])
+    folder = RunFolder(config, "other")
+    assert select_checkpoints(folder.checkpoints, "best") == [folder.best_checkpoint]
+    assert {path.name for path in folder.path.iterdir()} == {
+        "checkpoint", "tb", "train_output.log", "config.yaml", "environment.json", "metrics.jsonl",
+    }  # fmt: skip

@@ -1,0 +1,100 @@
+"""Common flags, exit codes and the orderly stop."""
+
+import os
+import signal
+
+import pytest
+
+from configs import ConfigError
+from utils.cli import StopRequest, common_parser, run_main
+from utils.errors import InputError
+
+DOCUMENT = """Do a thing.
+
+Examples:
+    python thing.py -n demo
+"""
+
+
+def outcome_of(main, capsys):
+    with pytest.raises(SystemExit) as stop:
+        run_main(main)
+    return stop.value.code, capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("result", "code"), [(None, 0), (0, 0), (143, 143)])
+def test_exit_code_is_what_main_returns(result, code, capsys):
+    assert outcome_of(lambda: result, capsys) == (code, "")
+
+
+@pytest.mark.parametrize("kind", [InputError, ConfigError, FloatingPointError])
+def test_bad_input_is_one_line_and_code_2(kind, capsys):
+    def main():
+        raise kind("first line\n  second line")
+
+    assert outcome_of(main, capsys) == (2, "error: first line second line\n")
+
+
+def test_keyboard_interrupt_is_130(capsys):
+    def main():
+        raise KeyboardInterrupt
+
+    assert outcome_of(main, capsys)[0] == 130
+
+
+def test_the_unforeseen_keeps_its_traceback():
+    def main():
+        raise KeyError("unforeseen")
+
+    with pytest.raises(KeyError, match="unforeseen"):
+        run_main(main)
+
+
+def test_flags_and_their_defaults():
+    found = vars(common_parser(DOCUMENT).parse_args(["-n", "demo"]))
+    assert found == {
+        "dataset_name": "demo", "exp": "exp", "devices": None, "port": None, "set": [],
+        "local_rank": None,
+    }  # fmt: skip
+
+
+def test_set_takes_several_values_several_times():
+    arguments = ["-n", "demo", "--set", "a.b=1", "c.d=2", "-p", "29588", "--set", "e.f=3"]
+    assert common_parser(DOCUMENT).parse_args(arguments).set == ["a.b=1", "c.d=2", "e.f=3"]
+
+
+@pytest.mark.parametrize("spelling", ["--local-rank", "--local_rank"])
+def test_the_old_launchers_flag_is_accepted(spelling):
+    assert common_parser(DOCUMENT).parse_args(["-n", "demo", f"{spelling}=1"]).local_rank == 1
+
+
+def test_dataset_flags_can_be_left_out():
+    assert "dataset_name" not in vars(common_parser(DOCUMENT, has_dataset=False).parse_args([]))
+
+
+@pytest.mark.parametrize(
+    "arguments", [[], ["-n"], ["-n", "demo", "--nonsense"], ["-n", "demo", "-p", "x"]], ids=str
+)
+def test_wrong_flags_are_input_errors(arguments):
+    with pytest.raises(InputError, match="--help"):
+        common_parser(DOCUMENT).parse_args(arguments)
+
+
+def test_help_shows_the_docstring_and_the_defaults(capsys):
+    with pytest.raises(SystemExit) as stop:
+        common_parser(DOCUMENT).parse_args(["--help"])
+    text = capsys.readouterr().out
+    assert stop.value.code == 0
+    assert DOCUMENT.strip() in text
+    assert "(default: exp)" in text
+    assert "default: None" not in text
+
+
+def test_signals_are_noted_and_handlers_put_back():
+    before = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)
+    with StopRequest() as stop:
+        assert stop.signal is None
+        os.kill(os.getpid(), signal.SIGTERM)
+        os.kill(os.getpid(), signal.SIGINT)
+        assert stop.signal == signal.SIGTERM
+    assert (signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)) == before

@@ -1,0 +1,77 @@
+"""Train CMFS on one dataset.
+
+Checkpoints, logs and TensorBoard files go to experiment/<Name>/<exp>/. The images of val.txt choose
+best.pth. Ctrl-C and SIGTERM save the exact state and end the run; --resume goes on with it.
+
+Examples:
+    python train.py -n demo -d cpu
+    python train.py -n fmb --set train.batch_size=2 data.dataset_path=/data/FMB
+    torchrun --nproc_per_node=2 --master_port=29588 train.py -d 0,1 -p 29588 -n mfnet
+    python train.py -n mfnet --resume
+    python train.py -n mfnet --exp bf16 --set train.precision=bf16
+    tensorboard --logdir experiment
+
+Exit codes: 0 done; 2 bad input (one line on stderr); 130 or 143 after SIGINT or SIGTERM, saved.
+"""
+
+import argparse
+import logging
+
+import torch
+
+from configs import load_config
+from dataloader.build import build_eval_loader, build_train_loader
+from engine.state import starting_point
+from engine.trainer import fit
+from models import build_model
+from utils.cli import common_parser, run_main
+from utils.distributed import is_main_process, setup_devices, shutdown
+from utils.log import setup_logging
+from utils.run_folder import RunFolder
+from utils.seed import seed_everything
+
+log = logging.getLogger(__name__)
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = common_parser(__doc__)
+    parser.add_argument(
+        "--resume",
+        action="store_true",
+        help="go on exactly where epoch-last.pth of the run folder stopped",
+    )
+    return parser.parse_args()
+
+
+def main() -> int:
+    arguments = parse_arguments()
+    config = load_config(arguments.dataset_name, arguments.set)
+    folder = RunFolder(config, arguments.exp)
+    resume_from = starting_point(folder, resume=arguments.resume)
+    setup_logging(folder.log_file, main=is_main_process())
+    if arguments.resume and resume_from is None:
+        log.info("--resume: there is no checkpoint in %s yet, so training begins", folder.path)
+    devices = setup_devices(arguments.devices, arguments.port)
+    seed_everything(config.seed + devices.rank)
+    torch.set_float32_matmul_precision("high" if config.train.tf32 else "highest")
+    torch.backends.cudnn.allow_tf32 = config.train.tf32
+
+    ranks = {"rank": devices.rank, "world_size": devices.world_size}
+    val_loader = build_eval_loader(config, "val", need_labels=True, **ranks)
+    train_loader = build_train_loader(config, **ranks)
+    model = build_model(config, from_checkpoint=resume_from is not None)
+    stopped_by = fit(
+        config,
+        model,
+        train_loader,
+        val_loader,
+        folder=folder,
+        devices=devices,
+        resume_from=resume_from,
+    )
+    shutdown()
+    return 128 + stopped_by if stopped_by else 0
+
+
+if __name__ == "__main__":
+    run_main(main)
