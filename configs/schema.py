@@ -1,4 +1,4 @@
-"""The typed config tree: every field with its unit and range; the values live in base_config.yaml."""
+"""The typed config tree: every field with its unit and range; values live in base_config.yaml."""
 
 from typing import Annotated, Any, Literal
 

@@ -9,6 +9,7 @@ import sys
 import threading
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from multiprocessing import resource_tracker
 
 import cv2
 import torch
@@ -169,6 +170,7 @@ def _group_signals_blocked() -> Iterator[None]:
     if sys.platform != "linux":  # others cannot tell who sent a signal; see _obey_main_process
         yield
         return
+    resource_tracker.ensure_running()  # of multiprocessing; it unblocks both when it starts
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
     try:
         yield

@@ -20,7 +20,7 @@ from engine.checkpoint import (
 )
 from engine.optim import build_optimizer, load_optimizer_state, optimizer_state
 from models import CMFS
-from utils.distributed import Devices, gather_objects, is_main_process, largest
+from utils.distributed import Devices, broadcast, gather_objects, is_main_process, largest
 from utils.errors import InputError
 from utils.run_folder import RunFolder
 from utils.seed import rng_state, set_rng_state
@@ -52,7 +52,7 @@ class TrainingState:
     epoch: int = 0  # the running one, from 0
     batch: int = 0  # batches done in it
     step: int = 0  # steps done in all
-    best_miou: float = -1.0
+    best_miou: float | None = None
 
     @property
     def epochs_done(self) -> int:
@@ -96,7 +96,11 @@ def build_state(
     model = model.to(device)
     network: nn.Module = model
     if is_shared:
-        network = DistributedDataParallel(model, device_ids=[device.index] if is_cuda else None)
+        network = DistributedDataParallel(
+            model,
+            device_ids=[device.index] if is_cuda else None,
+            broadcast_buffers=False,  # save_last() does it once an epoch
+        )
     total_steps = config.train.epochs * steps_per_epoch
     return TrainingState(
         model=model,
@@ -124,7 +128,11 @@ def check_weights(state: TrainingState) -> None:
 
 
 def save_last(state: TrainingState, config: Config, folder: RunFolder) -> None:
-    """Write epoch-last.pth with all that an exact resume needs; every rank takes part."""
+    """Write epoch-last.pth with all that an exact resume needs; every rank takes part.
+
+    Running statistics become those of the first rank everywhere, as a resumed run reads them.
+    """
+    broadcast(state.model.buffers())
     check_weights(state)
     training_state = {
         "optimizer": optimizer_state(state.optimizer, state.model),

@@ -6,12 +6,14 @@ import signal
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from configs import Config, dump_config
 from engine.evaluate import evaluate_segmentation
+from engine.inference import Prediction
 from engine.losses import Batch, joint_loss
 from engine.optim import lr_at
 from engine.state import TrainingState, build_state, restore, save_best, save_epoch, save_last
@@ -26,11 +28,14 @@ from utils.distributed import (
     world_size,
 )
 from utils.environment import environment_info
+from utils.image import colorize, contact_sheet, to_uint8
 from utils.log import RunReport
 from utils.run_folder import RunFolder
 
 log = logging.getLogger(__name__)
 
+_EXAMPLES = 4  # validation images shown in TensorBoard
+_EXAMPLE_TITLES = ("rgb", "thermal", "fused", "prediction", "truth")
 _AUTOCAST_DTYPES = {"float32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -123,6 +128,8 @@ def train_epoch(
             )
             window.clear()
         stopped = largest(stop.signal or 0)
+    if window:
+        read_losses(window)
     return stopped
 
 
@@ -208,12 +215,40 @@ def validate(
     report: RunReport,
 ) -> None:
     """Score the validation split; the best mIoU so far makes best.pth."""
+    examples: list[list[np.ndarray]] = []
+
+    def keep_examples(batch: Batch, prediction: Prediction) -> None:
+        if is_main_process() and len(examples) < _EXAMPLES:
+            examples.extend(example_rows(batch, prediction, config)[: _EXAMPLES - len(examples)])
+
     state.model.eval()
-    metrics = evaluate_segmentation(state.model, loader, config, device)
+    metrics = evaluate_segmentation(
+        state.model, loader, config, device, on_prediction=keep_examples
+    )
     miou = metrics["miou"]
-    log.info("epoch %d step %d validation mIoU %s", state.epochs_done, state.step, miou)
+    log.info(
+        "validation after epoch %d, step %d: mIoU %s (best before: %s)",
+        *(state.epochs_done, state.step, _percent(miou), _percent(state.best_miou)),
+    )
     scores = {f"val_iou/{name}": iou for name, iou in metrics["class_iou"].items()}
-    report.validation({"val/miou": miou, **scores}, None, step=state.step)
-    if miou is not None and miou > state.best_miou:
+    picture = contact_sheet(examples, _EXAMPLE_TITLES) if examples else None
+    report.validation({"val/miou": miou, **scores}, picture, step=state.step)
+    if miou is not None and (state.best_miou is None or miou > state.best_miou):
         state.best_miou = miou
         save_best(state, config, folder, metrics)
+
+
+def example_rows(batch: Batch, prediction: Prediction, config: Config) -> list[list[np.ndarray]]:
+    """A row of pictures (H, W, 3) for each image of a batch, in the order of the titles."""
+    palette = config.data.palette
+    rows = []
+    for index in range(len(batch.name)):
+        images = (batch.rgb[index], batch.thermal[index], prediction.fused[index])
+        labels = (prediction.segmentation[index], batch.label[index])
+        maps = [colorize(x.to(torch.uint8).cpu().numpy(), palette) for x in labels]
+        rows.append([*map(to_uint8, images), *maps])
+    return rows
+
+
+def _percent(share: float | None) -> str:
+    return "–" if share is None else f"{100 * share:.2f}"

@@ -131,7 +131,7 @@ class CMFS(nn.Module):
         return rgb_maps, thermal_maps
 
     def expert_shares(self) -> Tensor:
-        """(blocks, E): the share of samples that each MoE block's experts got in the last forward."""
+        """(blocks, E): the share of samples that each expert of each MoE block got last."""
         return torch.stack([m.shares for m in self.modules() if isinstance(m, TopKRouter)])
 
 

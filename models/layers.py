@@ -67,7 +67,7 @@ class SqueezeGate(nn.Module):
 
 
 class GatedFFN(nn.Module):
-    """Gated feed-forward: conv1x1 C -> 2C, GELU, halves a and b; a · depthwise3x3(b); conv1x1, GELU."""
+    """conv1x1 C -> 2C, GELU, halves a and b; a · depthwise3x3(b); conv1x1, GELU."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
@@ -81,7 +81,7 @@ class GatedFFN(nn.Module):
 
 
 def pad_to_multiple(x: Tensor, multiple_h: int, multiple_w: int) -> Tensor:
-    """Replicate the last row and column until H and W are multiples; the caller crops afterwards."""
+    """Replicate the last row and column until H and W are multiples; the caller crops later."""
     height, width = x.shape[-2:]
     return F.pad(x, (0, -width % multiple_w, 0, -height % multiple_h), mode="replicate")
 

@@ -35,7 +35,7 @@ class SemanticBranch(nn.Module):
 
 
 class ChannelEmbed(nn.Module):
-    """2C -> C: a 1x1 residual plus (1x1, depthwise 3x3, ReLU, 1x1, BatchNorm); BatchNorm of the sum."""
+    """2C -> C: 1x1 residual plus (1x1, depthwise 3x3, ReLU, 1x1, BatchNorm); BatchNorm of both."""
 
     def __init__(self, in_channels: int, channels: int) -> None:
         super().__init__()

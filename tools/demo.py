@@ -16,7 +16,6 @@ import numpy as np
 import yaml
 
 from configs import available_names, load_config
-from dataloader.dataset import read_split
 from utils.cli import run_main
 from utils.errors import InputError
 from utils.image import read_label

@@ -2,6 +2,7 @@
 
 import logging
 import os
+from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import torch
@@ -75,6 +76,13 @@ def reduce_sum(tensor: Tensor) -> Tensor:
     if _is_connected():
         dist.all_reduce(tensor)
     return tensor
+
+
+def broadcast(tensors: Iterable[Tensor]) -> None:
+    """Give every rank the first rank's values, in place."""
+    if _is_connected():
+        for tensor in tensors:
+            dist.broadcast(tensor, src=0)
 
 
 def largest(value: int) -> int:

@@ -195,6 +195,20 @@ def test_disk_that_fills_up_while_writing(model, tmp_path, suffix):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_disk_error_behind_an_error_of_torch(model, tmp_path, monkeypatch):
+    """What torch.save raises where the last write that fails is its own, not the file's."""
+
+    def save(*_):
+        try:
+            full_disk()
+        except OSError:
+            raise RuntimeError("unexpected pos 704 vs 598")  # noqa: B904
+
+    monkeypatch.setattr(torch, "save", save)
+    with pytest.raises(InputError, match="disk full"):
+        save_checkpoint(tmp_path / "best.pth", model=model, config=CONFIG, epoch=0, step=0)
+
+
 def test_unwritable_folder_is_an_input_error(model, tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(InputError, match="cannot write"):

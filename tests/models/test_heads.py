@@ -32,7 +32,7 @@ def test_fusion_head_stays_in_range(hw):
 
 
 def test_fusion_head_is_not_stretched_per_image():
-    """Defect 6: evaluation stretched by its own minimum and maximum, so one pixel moved them all."""
+    """Defect 6: evaluation stretched by its own extremes, so one pixel moved them all."""
     torch.manual_seed(0)
     head = FusionHead(WIDTHS, hidden=4).eval()
     maps = stage_maps((64, 64), batch=1)

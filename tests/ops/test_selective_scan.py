@@ -15,6 +15,7 @@ TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 1e-2, to
 def small_blocks(monkeypatch):
     """Blocks and chunks so small that short sequences cross every border."""
     monkeypatch.setitem(chunked._BLOCK_ELEMENTS, "cpu", 1)
+    monkeypatch.setattr(chunked, "_LEAST_BLOCK", 23)
     monkeypatch.setattr(chunked, "_WIDE_STEP", 10**9)
 
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from models.ops.ss2d_scan import ss2d_scan
-from models.ops.ss2d_scan.composed import _Permute, _permutations
+from models.ops.ss2d_scan.composed import _permutations, _Permute
 from models.ops.ss2d_scan.reference import pixel_orders
 
 SIZES = [(8, 8), (7, 5), (4, 12), (1, 6), (9, 13)]

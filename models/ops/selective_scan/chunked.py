@@ -1,12 +1,11 @@
 """The selective scan in plain PyTorch, parallel over chunks, with a backward of its own.
 
-The sequence is walked in blocks. Inside a block every chunk advances at once (a two-level linear
-recurrence), so that a step is one wide operation instead of a short one. Only the state at block
-borders is kept for the backward pass; the states inside are computed again, so that saved memory
-grows with B·D·L and never with N. All factors are products of decays exp(dt·A), never quotients:
-for A < 0 nothing can overflow, whatever dt.
-
-Tensors are time-major here, (L, B, K, N, D/K), so that each step reads and writes one slab.
+The sequence is cut into blocks and each block into chunks of S steps. Step s of every chunk of a
+block is taken at once, so that one operation is wide instead of short; then the chunks' end states
+are chained, and each chunk gets what reaches it from before. Only the state at block borders is
+kept for the backward pass; the states inside are computed again, so that saved memory grows with
+B·D·L and never with N. All factors are products of decays exp(dt·A), never quotients: for A < 0
+nothing can overflow, whatever dt.
 """
 
 import math
@@ -17,7 +16,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 _BLOCK_ELEMENTS = {"cpu": 2**17, "other": 2**27}  # states alive at once; on CPU they fit the cache
-_LEAST_BLOCK = 64
+_LEAST_BLOCK = 64  # tokens
 _WIDE_STEP = 2**11  # on CPU a step this wide gains nothing from chunks
 
 
@@ -34,6 +33,7 @@ def selective_scan_chunked(
     """The same function as selective_scan_reference, in far fewer and wider steps."""
     state_dtype = torch.float64 if u.dtype == torch.float64 else torch.float32
     groups = B.shape[1]
+    layout = _layout(u.shape[0], *A.shape, u.shape[2], u.device.type)
     with torch.autocast(u.device.type, enabled=False):
         dt = delta.to(state_dtype)
         if delta_bias is not None:
@@ -42,37 +42,31 @@ def selective_scan_chunked(
             dt = F.softplus(dt)
         inputs = u.to(state_dtype)
         y = _ChunkedScan.apply(
-            _time_major(inputs, groups),
-            _time_major(dt, groups),
+            _to_blocks(inputs.unflatten(1, (groups, 1, -1)), *layout),  # (..., B, K, 1, D/K)
+            _to_blocks(dt.unflatten(1, (groups, 1, -1)), *layout),
             A.to(state_dtype).unflatten(0, (groups, -1)).transpose(1, 2),  # (K, N, D/K)
-            B.to(state_dtype).permute(3, 0, 1, 2)[..., None],  # (L, B, K, N, 1)
-            C.to(state_dtype).permute(3, 0, 1, 2)[..., None],
+            _to_blocks(B.to(state_dtype)[:, :, :, None], *layout),  # (..., B, K, N, 1)
+            _to_blocks(C.to(state_dtype)[:, :, :, None], *layout),
         )
-        y = y.flatten(2).permute(1, 2, 0)  # (B, D, L)
+        y = _from_blocks(y, u.shape[2]).flatten(1, 3)
         if D is not None:
             y = y + D.to(state_dtype)[:, None] * inputs
     return y.to(u.dtype)
 
 
-def _time_major(x: Tensor, groups: int) -> Tensor:
-    """(B, D, L) -> (L, B, K, 1, D/K), contiguous."""
-    return x.permute(2, 0, 1).unflatten(2, (groups, 1, -1)).contiguous()
-
-
 class _ChunkedScan(torch.autograd.Function):
-    """y (L, B, K, 1, D/K) from time-major u, dt, A, B, C without softplus, bias and skip."""
+    """y from u, dt, A, B, C in blocks (see _to_blocks), without softplus, bias and skip."""
 
     @staticmethod
     def forward(ctx, u, dt, A, B, C):
         y = torch.empty_like(u)
-        carry = u.new_zeros(*u.shape[1:3], *A.shape[1:])  # (B, K, N, D/K)
+        carry = u.new_zeros(*u.shape[3:5], *A.shape[1:])  # (B, K, N, D/K)
         borders = []
-        for block in _blocks(u, A):
+        for block in range(len(u)):
             borders.append(carry)
-            decay, state = _block_states(u[block], dt[block], A, B[block], carry)
+            _, state = _block_states(u[block], dt[block], A, B[block], carry)
             torch.sum(state * C[block], dim=-2, keepdim=True, out=y[block])
-            carry = state[-1].clone()
-            del decay, state
+            carry = state[-1, -1].clone()
         ctx.save_for_backward(u, dt, A, B, C, *borders)
         return y
 
@@ -82,66 +76,93 @@ class _ChunkedScan(torch.autograd.Function):
         u, dt, A, B, C, *borders = ctx.saved_tensors
         grad_u, grad_dt = torch.empty_like(u), torch.empty_like(dt)
         grad_A, grad_B, grad_C = torch.zeros_like(A), torch.empty_like(B), torch.empty_like(C)
-        carry = torch.zeros_like(grad_y[0]).expand(-1, -1, A.shape[1], -1)
-        for block, border in zip(reversed(_blocks(u, A)), reversed(borders), strict=True):
+        later = torch.zeros_like(borders[0]) if borders else None
+        for block in reversed(range(len(u))):
             u_b, dt_b, B_b = u[block], dt[block], B[block]
-            decay, state = _block_states(u_b, dt_b, A, B_b, border)
+            decay, state = _block_states(u_b, dt_b, A, B_b, borders[block])
             grad_C[block] = (state * grad_y[block]).sum(-1, keepdim=True)
-            state -= dt_b * u_b * B_b  # what the block inherited: exp(dt·A) h_{l-1}
-
-            # The gradient runs backward in time: dL/dh_l += exp(dt_{l+1}·A) dL/dh_{l+1}.
-            grad_state = C[block].flip(0) * grad_y[block].flip(0)
-            grad_state[0] += carry
-            later = torch.arange(len(decay), 0, -1, device=u.device) % len(decay)
-            _recurrence_(decay[later], grad_state)
-            grad_state = grad_state.flip(0)
-            carry = decay[0] * grad_state[0]
+            state -= dt_b * u_b * B_b  # what each token inherited: exp(dt_l·A) h_{l-1}
+            grad_state = C[block] * grad_y[block]
+            later = _accumulate_backward_(decay, grad_state, later)
 
             through_input = (grad_state * B_b).sum(-2, keepdim=True)
             grad_B[block] = (grad_state * (dt_b * u_b)).sum(-1, keepdim=True)
-            grad_exponent = grad_state.mul_(state)
-            grad_A += (grad_exponent * dt_b).sum((0, 1))
+            grad_exponent = grad_state.mul_(state)  # of dt_l·A
+            grad_A += (grad_exponent * dt_b).sum((0, 1, 2))
             grad_dt[block] = (grad_exponent * A).sum(-2, keepdim=True) + through_input * u_b
             grad_u[block] = through_input * dt_b
         return grad_u, grad_dt, grad_A, grad_B, grad_C
 
 
-def _blocks(u: Tensor, A: Tensor) -> list[slice]:
-    """Cut the L tokens so that the states of one block stay within the memory budget."""
-    length = u.shape[0]
-    states_per_token = max(1, math.prod(u.shape[1:]) * A.shape[1])
-    budget = _BLOCK_ELEMENTS.get(u.device.type, _BLOCK_ELEMENTS["other"])
-    size = max(_LEAST_BLOCK, budget // states_per_token)
-    return [slice(start, min(start + size, length)) for start in range(0, length, size)]
-
-
 def _block_states(
     u: Tensor, dt: Tensor, A: Tensor, B: Tensor, carry: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Decays exp(dt·A) and states of one block, both (T, B, K, N, D/K)."""
+    """Decays exp(dt·A) and states of one block, both (S, chunks, B, K, N, D/K).
+
+    carry (B, K, N, D/K) is the state before the block.
+    """
     decay = torch.exp_(dt * A)
     state = (dt * u) * B
-    state[0].addcmul_(decay[0], carry)
-    _recurrence_(decay, state)
+    state[0, 0].addcmul_(decay[0, 0], carry)
+    steps, chunks = state.shape[:2]
+    for step in range(1, steps):
+        state[step].addcmul_(decay[step], state[step - 1])
+    if chunks > 1:
+        reach = decay.clone()  # of the state before the chunk: the product of decays up to here
+        for step in range(1, steps):
+            reach[step] *= reach[step - 1]
+        before = torch.empty_like(state[0, 1:])
+        for chunk in range(1, chunks):
+            before[chunk - 1] = state[-1, chunk - 1]
+            state[-1, chunk].addcmul_(reach[-1, chunk], before[chunk - 1])
+        state[:-1, 1:].addcmul_(reach[:-1, 1:], before)
     return decay, state
 
 
-def _recurrence_(decay: Tensor, x: Tensor) -> None:
-    """x[t] += decay[t] · x[t-1] for t = 1 …, in place; decay[0] is not read."""
-    length = x.shape[0]
-    if length <= 16 or (x.device.type == "cpu" and x[0].numel() >= _WIDE_STEP):
-        for step in range(1, length):
-            x[step].addcmul_(decay[step], x[step - 1])
-        return
-    size = math.isqrt(length)
-    whole = length // size * size
-    chunks = x[:whole].unflatten(0, (-1, size))  # (chunks, size, ...)
-    products = decay[:whole].unflatten(0, (-1, size)).clone()
-    for step in range(1, size):
-        chunks[:, step].addcmul_(products[:, step], chunks[:, step - 1])
-        products[:, step] *= products[:, step - 1]
-    ends = chunks[:, -1]
-    _recurrence_(products[:, -1], ends)
-    chunks[1:, :-1].addcmul_(products[1:, :-1], ends[:-1, None])
-    for step in range(whole, length):
-        x[step].addcmul_(decay[step], x[step - 1])
+def _accumulate_backward_(decay: Tensor, grad_state: Tensor, later: Tensor) -> Tensor:
+    """Add to each state's gradient what it passes on: dL/dh_l += exp(dt_{l+1}·A) dL/dh_{l+1}.
+
+    In place. later (B, K, N, D/K) comes from the block after this one; returns the same for the
+    block before it.
+    """
+    grad_state[-1, -1] += later
+    steps, chunks = grad_state.shape[:2]
+    for step in reversed(range(steps - 1)):
+        grad_state[step].addcmul_(decay[step + 1], grad_state[step + 1])
+    if chunks > 1:
+        reach = torch.empty_like(decay)
+        reach[-1] = 1
+        for step in reversed(range(steps - 1)):
+            torch.mul(decay[step + 1], reach[step + 1], out=reach[step])
+        after = torch.empty_like(grad_state[0, 1:])
+        for chunk in reversed(range(chunks - 1)):
+            torch.mul(decay[0, chunk + 1], grad_state[0, chunk + 1], out=after[chunk])
+            grad_state[0, chunk].addcmul_(reach[0, chunk], after[chunk])
+        grad_state[1:, :-1].addcmul_(reach[1:, :-1], after)
+    return decay[0, 0] * grad_state[0, 0]
+
+
+def _layout(batch: int, channels: int, states: int, length: int, device: str) -> tuple[int, int]:
+    """Steps and chunks of a block, so that its states stay within the memory budget."""
+    width = max(1, batch * channels * states)
+    budget = _BLOCK_ELEMENTS.get(device, _BLOCK_ELEMENTS["other"])
+    tokens = max(1, min(length, max(_LEAST_BLOCK, budget // width)))
+    if device == "cpu" and width >= _WIDE_STEP:
+        return tokens, 1
+    steps = math.isqrt(tokens)
+    return steps, -(-tokens // steps)
+
+
+def _to_blocks(x: Tensor, steps: int, chunks: int) -> Tensor:
+    """(..., L) -> (blocks, S, chunks, ...), contiguous; token l = (block·chunks + chunk)·S + step.
+
+    The end is padded with zeros: dt = 0 leaves the state as it is.
+    """
+    x = F.pad(x, (0, -x.shape[-1] % (steps * chunks)))
+    x = x.unflatten(-1, (-1, chunks, steps))
+    return x.movedim((-3, -1, -2), (0, 1, 2)).contiguous()
+
+
+def _from_blocks(x: Tensor, length: int) -> Tensor:
+    """The inverse of _to_blocks, cropped: (blocks, S, chunks, ...) -> (..., L)."""
+    return x.movedim((0, 1, 2), (-3, -1, -2)).flatten(-3)[..., :length]

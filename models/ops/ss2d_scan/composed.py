@@ -1,4 +1,4 @@
-"""The four-direction scan as a permutation of tokens around one selective scan with K = 4 groups."""
+"""The four-direction scan: a permutation of tokens around one selective scan with 4 groups."""
 
 import functools
 
