@@ -11,6 +11,7 @@ from tqdm import tqdm
 from configs import Config
 from engine.inference import Prediction, inference_options, predict
 from utils.distributed import gather_objects, is_main_process
+from utils.errors import InputError
 from utils.fusion_metrics import fusion_metrics
 from utils.segmentation_metrics import ConfusionMatrix
 
@@ -111,7 +112,11 @@ def _predictions(
     is_hidden = None if is_main_process() else True  # None: hidden where there is no terminal
     for batch in tqdm(loader, unit="batch", leave=False, disable=is_hidden):
         rgb, thermal = (x.to(device, non_blocking=True) for x in (batch.rgb, batch.thermal))
-        yield batch, predict(model, rgb, thermal, **options)
+        try:
+            prediction = predict(model, rgb, thermal, **options)
+        except InputError as error:
+            raise InputError(f"{', '.join(batch.name)}: {error}") from error
+        yield batch, prediction
 
 
 def _to_bytes(images: Tensor) -> Tensor:

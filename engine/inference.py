@@ -87,6 +87,12 @@ def predict(
     return Prediction(_mean([view.probabilities for view in views.values()]), _mean(fused))
 
 
+def use_tf32(is_used: bool) -> None:
+    """Let GPUs multiply float32 in TF32, or not; for the whole process. The CPU does not change."""
+    torch.set_float32_matmul_precision("high" if is_used else "highest")
+    torch.backends.cudnn.allow_tf32 = is_used
+
+
 def inference_options(config: EvalConfig) -> dict[str, Any]:
     """The keyword arguments of predict() that a config asks for."""
     return config.model_dump(include={"crop", "stride", "scales", "flip"})

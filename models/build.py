@@ -8,11 +8,9 @@ import torch
 from configs import Config
 from models.cmfs import CMFS
 from models.pretrained import load_vmamba
-from models.text_prior import TextPrior, load_text_prior, orthogonal_text_prior
+from models.text_prior import TEXT_DIMENSION, TextPrior, load_text_prior, orthogonal_text_prior
 
 log = logging.getLogger(__name__)
-
-TEXT_DIMENSION = 512  # of CLIP ViT-B/32
 
 SIZES: dict[str, dict[str, Any]] = {
     "tiny": {"depths": (2, 2, 8, 2), "widths": (96, 192, 384, 768)},

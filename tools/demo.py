@@ -15,8 +15,11 @@ from pathlib import Path
 import numpy as np
 import yaml
 
+if __name__ == "__main__":  # started as a file: the project's packages lie one folder up
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
 from configs import available_names, load_config
-from utils.cli import run_main
+from utils.cli import Parser, run_main
 from utils.errors import InputError
 from utils.image import read_label
 
@@ -28,9 +31,7 @@ REAL_PAIRS = {  # what differs from config_demo.yaml for photographs, which are 
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, help="folder of real pairs; default: drawn scenes")
     arguments = parser.parse_args()
     if arguments.data is None:
@@ -46,7 +47,7 @@ def main() -> None:
 def run(script: str, *arguments: str) -> None:
     """Run one of the project's scripts from its root; its failure ends the demo with its code."""
     print(f"\n$ python {script} {' '.join(arguments)}", flush=True)
-    result = subprocess.run([sys.executable, script, *arguments], cwd=ROOT, env=None, check=False)
+    result = subprocess.run([sys.executable, script, *arguments], cwd=ROOT, check=False)
     if result.returncode:
         sys.exit(result.returncode)
 

@@ -14,14 +14,14 @@ checked in the same way and not fetched again. A proxy is taken from https_proxy
 import argparse
 import sys
 from pathlib import Path
-from typing import NamedTuple, NoReturn
+from typing import NamedTuple
 
 from tqdm import tqdm
 
 if __name__ == "__main__":  # started as a file: the project's packages lie one folder up
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from utils.cli import run_main
+from utils.cli import Parser, run_main
 from utils.download import download, file_sha256, is_html
 from utils.errors import InputError
 
@@ -50,13 +50,8 @@ WEIGHTS = {
 }
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise InputError(f"{message}; see --help")
-
-
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
-    parser = _Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=[*WEIGHTS, "all"])
     parser.add_argument(
         "--out", type=Path, default=Path("pretrained"), help="folder (default: %(default)s)"

@@ -14,7 +14,6 @@ Classes: 0 background, 1 person, 2 car, 3 cone, 4 kerb.
 import argparse
 import sys
 from pathlib import Path
-from typing import NoReturn
 
 from tqdm import tqdm
 
@@ -22,17 +21,11 @@ if __name__ == "__main__":  # started as a file: the project's packages lie one 
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from dataloader.synthetic import SPLITS, write_dataset
-from utils.cli import run_main
-from utils.errors import InputError
-
-
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise InputError(f"{message}; see --help")
+from utils.cli import Parser, run_main
 
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
-    parser = _Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
         "--out", type=Path, default=Path("datasets/Demo"), help="default: %(default)s"
     )

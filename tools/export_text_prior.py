@@ -22,7 +22,7 @@ import warnings
 import zipfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import open_clip
 import safetensors.torch
@@ -35,7 +35,7 @@ if __name__ == "__main__":  # started as a file: the project's packages lie one 
 
 from configs import load_config
 from models.text_prior import CLIP_MODEL, save_text_prior
-from utils.cli import run_main
+from utils.cli import Parser, run_main
 from utils.download import file_sha256, is_html
 from utils.errors import InputError
 
@@ -46,13 +46,8 @@ _FETCH = "`python tools/download_pretrained.py clip`"
 _NO_WEIGHTS = {"input_resolution", "context_length", "vocab_size", "attn_mask"}
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise InputError(f"{message}; see --help")
-
-
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
-    parser = _Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
         "-n",
         "--dataset_name",

@@ -21,7 +21,7 @@ class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescrip
         return super()._get_help_string(action)
 
 
-class _Parser(argparse.ArgumentParser):
+class Parser(argparse.ArgumentParser):
     """A parser whose mistakes are InputErrors, so that they end as every other bad input."""
 
     def error(self, message: str) -> NoReturn:
@@ -35,7 +35,7 @@ def common_parser(description: str | None, *, has_dataset: bool = True) -> argpa
         description: the script's docstring; --help shows it as it is written.
         has_dataset: False leaves out what names a dataset and its run folder (-n, --exp).
     """
-    parser = _Parser(description=description, formatter_class=_HelpFormatter)
+    parser = Parser(description=description, formatter_class=_HelpFormatter)
     if has_dataset:
         parser.add_argument(
             "-n",

@@ -3,6 +3,7 @@
 import contextlib
 import hashlib
 import itertools
+import logging
 import os
 import shutil
 import time
@@ -13,6 +14,8 @@ from http.client import HTTPException, HTTPResponse, InvalidURL
 from pathlib import Path
 
 from utils.errors import InputError
+
+log = logging.getLogger(__name__)
 
 _CHUNK = 1 << 17  # bytes
 _TRANSIENT = {408, 425, 429, 500, 502, 503, 504}  # HTTP answers that may be better next time
@@ -68,7 +71,9 @@ def download(
                 if failures >= tries:
                     kept = f"; the same command goes on at byte {size:,}" if tag.exists() else ""
                     raise InputError(f"{url}: {error}{kept}") from error
-                time.sleep(wait_s * 2 ** (failures - 1))
+                pause_s = wait_s * 2 ** (failures - 1)
+                log.warning("%s: %s; trying again in %g s", path.name, error, pause_s)
+                time.sleep(pause_s)
         digest = file_sha256(part)
         tag.unlink(missing_ok=True)
         if sha256 is not None and digest != sha256:

@@ -1,5 +1,6 @@
 """Images on disk and on screen: read, write, colour maps, contact sheets, YCbCr."""
 
+import contextlib
 import functools
 import logging
 import os
@@ -108,7 +109,8 @@ def write_png(path: str | Path, image: np.ndarray) -> None:
         aside.write_bytes(data)
         aside.replace(path)
     except OSError as error:
-        aside.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            aside.unlink()
         raise InputError(f"cannot write {path}: {error.strerror}") from error
 
 

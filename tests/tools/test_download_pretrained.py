@@ -169,9 +169,13 @@ class TestDownload:
         assert len(server.ranges) == 3
         assert not path.exists()
 
-    def test_busy_server_is_asked_again(self, server, path):
+    def test_busy_server_is_asked_again(self, server, path, caplog):
         server.statuses = [503, 429]
         assert fetch(server, path) == SHA256
+        assert [record.getMessage()[:40] for record in caplog.records] == [
+            "weights.pth: the server answered 503 Ser",
+            "weights.pth: the server answered 429 Too",
+        ]
 
     def test_missing_file_is_not_asked_again(self, server, path):
         server.statuses = [404, 404]

@@ -1,0 +1,149 @@
+"""Export fused images and score them: fusion metrics of one checkpoint or several.
+
+Results go to experiment/<Name>/<exp>/vision/<checkpoint>/: fused/*.png at each input's own size and
+under its name, vision.json, table.md, and sheet.png (rgb | thermal | fused | segmentation). A split
+other than test goes to <checkpoint>-<split>/. Several checkpoints also give one table,
+vision/summary.md. Labels are not needed. Metrics of one protocol cannot be compared with those of
+another: eval.protocol is cddfuse, tang or strict.
+
+Examples:
+    python eval_vision.py -n mfnet -e 500
+    python eval_vision.py -n fmb -e best --set eval.protocol=tang
+    python eval_vision.py -n mfnet -e best --set data.name=RoadScene data.dataset_path=/data/RoadScene \\
+        -e experiment/MFNet/exp/checkpoint/best.pth
+    torchrun --nproc_per_node=2 eval_vision.py -n mfnet -e best
+
+Exit codes: 0 done; 2 bad input (one line on stderr).
+"""
+
+import argparse
+import functools
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from torch.utils.data import DataLoader
+
+from configs import Config, load_config
+from dataloader.build import build_eval_loader
+from engine.checkpoint import load_model, select_checkpoints
+from engine.evaluate import Batch, evaluate_fusion
+from engine.inference import Prediction, describe_inference, use_tf32
+from engine.results import (
+    PictureWriter,
+    describe_run,
+    fusion_summary,
+    fusion_table,
+    write_json,
+    write_text,
+)
+from utils.cli import common_parser, run_main
+from utils.distributed import Devices, gather_objects, is_main_process, setup_devices, shutdown
+from utils.image import colorize, contact_sheet, to_uint8, write_png
+from utils.log import setup_logging
+from utils.run_folder import RunFolder
+
+SHEET_TITLES = ("rgb", "thermal", "fused", "segmentation")
+SHEET_ROWS = 12
+
+SheetRow = list[np.ndarray]  # pictures in the order of SHEET_TITLES
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = common_parser(__doc__)
+    parser.add_argument(
+        "-e",
+        "--epochs",
+        default="best",
+        metavar="WHICH",
+        help="N, a-b, a- (all from a), best, last, or a path to a .pth or .safetensors file",
+    )
+    parser.add_argument("--split", default="test", metavar="LIST", help="list to fuse: test or val")
+    return parser.parse_args()
+
+
+def main() -> None:
+    arguments = parse_arguments()
+    config = load_config(arguments.dataset_name, arguments.set)
+    folder = RunFolder(config, arguments.exp)
+    setup_logging(None, main=is_main_process())
+    checkpoints = select_checkpoints(folder.checkpoints, arguments.epochs)
+    devices = setup_devices(arguments.devices, arguments.port)
+    use_tf32(config.train.tf32)
+    loader = build_eval_loader(
+        config, arguments.split, rank=devices.rank, world_size=devices.world_size
+    )
+    suffix = "" if arguments.split == "test" else f"-{arguments.split}"
+    results = {}
+    for path in checkpoints:
+        target = folder.vision_folder(f"{path.stem}{suffix}")
+        result, sheet = export(path, config, loader, devices, arguments.split, target)
+        if is_main_process():
+            write_json(target / "vision.json", result)
+            write_text(target / "table.md", fusion_table(result))
+            write_png(target / "sheet.png", contact_sheet(sheet, SHEET_TITLES))
+            print(fusion_summary({path.stem: result}))
+            print(f"Written to {target}")
+        results[path.stem] = result
+    if len(results) > 1 and is_main_process():
+        summary = fusion_summary(results)
+        write_text(folder.vision_folder(f"summary{suffix}.md"), summary)
+        print(summary)
+    shutdown()
+
+
+def export(
+    path: Path, config: Config, loader: DataLoader, devices: Devices, split: str, target: Path
+) -> tuple[dict[str, Any], list[SheetRow]]:
+    """The content of vision.json and the rows of the sheet; fused images are written on the way."""
+    model, stored = load_model(path, device=devices.device, config=config)
+    rows = dict.fromkeys(evenly_picked(loader.dataset.names, SHEET_ROWS))
+    with PictureWriter() as writer:
+        scores = evaluate_fusion(
+            model,
+            loader,
+            config,
+            devices.device,
+            on_prediction=functools.partial(write_fused, writer, target, config, rows),
+        )
+    for part in gather_objects({name: row for name, row in rows.items() if row is not None}):
+        rows.update(part)
+    result = {
+        **describe_run(path, model, stored, config, split),
+        "protocol": config.eval.protocol,
+        "inference": describe_inference(config.eval),
+        **scores,
+    }
+    return result, list(rows.values())
+
+
+def write_fused(
+    writer: PictureWriter,
+    target: Path,
+    config: Config,
+    rows: dict[str, SheetRow | None],
+    batch: Batch,
+    prediction: Prediction,
+) -> None:
+    """Hand a batch's fused images to the writer; keep the rows that the sheet shows."""
+    for index, name in enumerate(batch.name):
+        fused = to_uint8(prediction.fused[index])
+        writer.submit(write_png, target / "fused" / f"{name}.png", fused)
+        if name in rows:
+            segmentation = prediction.segmentation[index].byte().cpu().numpy()
+            rows[name] = [
+                to_uint8(batch.rgb[index]),
+                to_uint8(batch.thermal[index]),
+                fused,
+                colorize(segmentation, config.data.palette),
+            ]
+
+
+def evenly_picked(names: list[str], count: int) -> list[str]:
+    """At most `count` of the names, spread over the list from the first to the last."""
+    places = np.linspace(0, len(names) - 1, min(count, len(names))).round().astype(int)
+    return [names[place] for place in places]
+
+
+if __name__ == "__main__":
+    run_main(main)
