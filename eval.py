@@ -1,9 +1,10 @@
 """Score the segmentation of one checkpoint or several: class IoU and mIoU of a split.
 
-Results go to experiment/<Name>/<exp>/eval/<checkpoint>/: eval.json, table.md, and a picture of every
-image in segmentation/ (class indices), color/ and overlay/. A split other than test goes to
+Results go to experiment/<Name>/<exp>/eval/<checkpoint>/: eval.json, table.md, and a picture of
+every image in segmentation/ (class indices), color/ and overlay/. A split other than test goes to
 <checkpoint>-<split>/. Several checkpoints also give one table, eval/summary.md. Day and night are
-scored apart where test_day.txt and test_night.txt list them, or where all names end in D or N.
+scored apart where <split>_day.txt and <split>_night.txt list them, or where every name ends in D or
+N, as MFNet's do.
 
 Examples:
     python eval.py -n mfnet -e 500
@@ -19,7 +20,6 @@ Exit codes: 0 done; 2 bad input (one line on stderr).
 
 import argparse
 import functools
-import logging
 from pathlib import Path
 from typing import Any
 
@@ -48,8 +48,6 @@ from utils.image import to_uint8
 from utils.log import setup_logging
 from utils.run_folder import RunFolder
 
-log = logging.getLogger(__name__)
-
 
 def parse_arguments() -> argparse.Namespace:
     parser = common_parser(__doc__)
@@ -60,9 +58,7 @@ def parse_arguments() -> argparse.Namespace:
         metavar="WHICH",
         help="N, a-b, a- (all from a), best, last, or a path to a .pth or .safetensors file",
     )
-    parser.add_argument(
-        "--split", default="test", metavar="LIST", help="list to score: test or val"
-    )
+    parser.add_argument("--split", default="test", metavar="LIST", help="list to score: test, val")
     parser.add_argument("--tables-only", action="store_true", help="write no pictures")
     parser.add_argument("--note", metavar="TEXT", help="a remark that stays with the table")
     return parser.parse_args()

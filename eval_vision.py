@@ -9,8 +9,7 @@ another: eval.protocol is cddfuse, tang or strict.
 Examples:
     python eval_vision.py -n mfnet -e 500
     python eval_vision.py -n fmb -e best --set eval.protocol=tang
-    python eval_vision.py -n mfnet -e best --set data.name=RoadScene data.dataset_path=/data/RoadScene \\
-        -e experiment/MFNet/exp/checkpoint/best.pth
+    python eval_vision.py -n msrs -e experiment/MFNet/exp/checkpoint/best.pth
     torchrun --nproc_per_node=2 eval_vision.py -n mfnet -e best
 
 Exit codes: 0 done; 2 bad input (one line on stderr).
@@ -58,7 +57,7 @@ def parse_arguments() -> argparse.Namespace:
         metavar="WHICH",
         help="N, a-b, a- (all from a), best, last, or a path to a .pth or .safetensors file",
     )
-    parser.add_argument("--split", default="test", metavar="LIST", help="list to fuse: test or val")
+    parser.add_argument("--split", default="test", metavar="LIST", help="list to fuse: test, val")
     return parser.parse_args()
 
 

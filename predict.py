@@ -18,7 +18,28 @@ In Python:
 Exit codes: 0 done; 2 bad input (one line on stderr), what was written before stays.
 """
 
+import argparse
 import logging
+import tempfile
+import time
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from configs import Config, dump_config, load_config
+from dataloader.dataset import IMAGE_SUFFIXES
+from engine.checkpoint import load_model
+from engine.inference import inference_options, pair_to_tensors, predict, use_tf32
+from engine.results import PictureWriter, write_segmentation
+from models import CMFS
+from utils.cli import common_parser, run_main
+from utils.distributed import barrier, is_main_process, setup_devices, shutdown
+from utils.errors import InputError
+from utils.image import read_rgb, read_thermal, to_uint8, write_png
+from utils.log import setup_logging
 
 log = logging.getLogger(__name__)
 

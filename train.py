@@ -12,6 +12,7 @@ Examples:
     tensorboard --logdir experiment
 
 Exit codes: 0 done; 2 bad input (one line on stderr); 130 or 143 after SIGINT or SIGTERM, saved.
+Under torchrun each process has these; torchrun itself ends with its own.
 """
 
 import argparse

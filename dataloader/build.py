@@ -99,9 +99,10 @@ class PairLoader(DataLoader):
         )
 
     def __iter__(self) -> Iterator[Sample]:
+        if self.num_workers == 0:
+            return _unpack(super().__iter__())
         with _group_signals_blocked():
-            collated = super().__iter__()
-        return _unpack(collated)
+            return _unpack(super().__iter__())
 
 
 def build_train_loader(config: Config, *, rank: int = 0, world_size: int = 1) -> PairLoader:
@@ -154,10 +155,10 @@ def _collate(samples: list[Sample | InputError]) -> list[Sample | InputError]:
 
 
 def _unpack(collated: Iterable[list[Sample | InputError]]) -> Iterator[Sample]:
-    for batch in itertools.chain.from_iterable(collated):
-        if isinstance(batch, InputError):
-            raise batch
-        yield batch
+    for group in collated:
+        if isinstance(group[0], InputError):
+            raise group.pop()  # a name here would keep it, and so the workers, alive in a cycle
+        yield from group
 
 
 @contextmanager

@@ -36,7 +36,7 @@ class PictureWriter:
         return self
 
     def __exit__(self, error: type[BaseException] | None, *_: object) -> None:
-        self._pool.shutdown(wait=True, cancel_futures=error is not None)
+        self._pool.shutdown(wait=True)  # on an error, too: what was computed is written
         while self._waiting and error is None:
             self._waiting.popleft().result()
 

@@ -96,11 +96,8 @@ def build_state(
     model = model.to(device)
     network: nn.Module = model
     if is_shared:
-        network = DistributedDataParallel(
-            model,
-            device_ids=[device.index] if is_cuda else None,
-            broadcast_buffers=False,  # save_last() does it once an epoch
-        )
+        network = DistributedDataParallel(model, device_ids=[device.index] if is_cuda else None)
+        network.broadcast_buffers = False  # not in every forward: save_last() does it
     total_steps = config.train.epochs * steps_per_epoch
     return TrainingState(
         model=model,

@@ -4,7 +4,7 @@ import json
 import logging
 import signal
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -37,6 +37,12 @@ log = logging.getLogger(__name__)
 _EXAMPLES = 4  # validation images shown in TensorBoard
 _EXAMPLE_TITLES = ("rgb", "thermal", "fused", "prediction", "truth")
 _AUTOCAST_DTYPES = {"float32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+class NamedBatch(Batch, Protocol):
+    """A batch whose images are known by name; see dataloader.dataset.Sample."""
+
+    name: list[str]
 
 
 class StepLosses(NamedTuple):
@@ -133,7 +139,7 @@ def train_epoch(
     return stopped
 
 
-def train_step(state: TrainingState, batch: Batch, config: Config) -> StepLosses:
+def train_step(state: TrainingState, batch: NamedBatch, config: Config) -> StepLosses:
     """Forward, backward, one step of the optimiser."""
     dtype = _AUTOCAST_DTYPES[config.train.precision]
     with torch.autocast(batch.rgb.device.type, dtype=dtype, enabled=dtype is not None):
@@ -191,7 +197,7 @@ def _describe(step: StepLosses) -> str:
     )
 
 
-def to_device(batch: Batch, device: torch.device) -> Batch:
+def to_device(batch: NamedBatch, device: torch.device) -> NamedBatch:
     """The same batch with its tensors on the device."""
     return type(batch)(
         *(x.to(device, non_blocking=True) if isinstance(x, Tensor) else x for x in batch)
@@ -217,7 +223,7 @@ def validate(
     """Score the validation split; the best mIoU so far makes best.pth."""
     examples: list[list[np.ndarray]] = []
 
-    def keep_examples(batch: Batch, prediction: Prediction) -> None:
+    def keep_examples(batch: NamedBatch, prediction: Prediction) -> None:
         if is_main_process() and len(examples) < _EXAMPLES:
             examples.extend(example_rows(batch, prediction, config)[: _EXAMPLES - len(examples)])
 
@@ -238,7 +244,9 @@ def validate(
         save_best(state, config, folder, metrics)
 
 
-def example_rows(batch: Batch, prediction: Prediction, config: Config) -> list[list[np.ndarray]]:
+def example_rows(
+    batch: NamedBatch, prediction: Prediction, config: Config
+) -> list[list[np.ndarray]]:
     """A row of pictures (H, W, 3) for each image of a batch, in the order of the titles."""
     palette = config.data.palette
     rows = []

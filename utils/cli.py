@@ -1,6 +1,8 @@
 """What the scripts share on the command line: common flags, exit codes, an orderly stop."""
 
 import argparse
+import errno
+import logging
 import signal
 import sys
 from collections.abc import Callable
@@ -9,7 +11,11 @@ from typing import NoReturn
 
 from utils.errors import InputError
 
+log = logging.getLogger(__name__)
+
 EXIT_INPUT = 2
+ONLY_FILE = {"only_file": True}  # `extra` of a log line that the console leaves out (utils.log)
+_DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM}
 
 
 class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
@@ -80,17 +86,31 @@ def run_main(main: Callable[[], int | None]) -> NoReturn:
     """Run a script's main() and exit with the project's codes.
 
     0 or what main returns; 2 with one line "error: ..." on stderr for bad input (a ConfigError is
-    one, too) or a loss that is not finite; 130 after Ctrl-C; anything else is unforeseen and leaves
-    its traceback and 1.
+    one, too), a disk that is full or closed to us, or a loss that is not finite; 130 after Ctrl-C;
+    anything else is unforeseen and leaves its traceback and 1. The log file gets all of it.
     """
     try:
         code = main() or 0
-    except (InputError, FloatingPointError) as error:
-        sys.stderr.write(f"error: {' '.join(str(error).split())}\n")
-        code = EXIT_INPUT
     except KeyboardInterrupt:
         code = 128 + signal.SIGINT
+    except Exception as error:
+        message = _user_message(error)
+        if logging.getLogger().hasHandlers():
+            log.error(message or "unforeseen", exc_info=message is None, extra=ONLY_FILE)
+        if message is None:
+            raise
+        sys.stderr.write(f"error: {message}\n")
+        code = EXIT_INPUT
     sys.exit(code)
+
+
+def _user_message(error: Exception) -> str | None:
+    """One line for an error that the user can mend; None for any other."""
+    if isinstance(error, InputError | FloatingPointError):
+        return " ".join(str(error).split())
+    if isinstance(error, OSError) and error.errno in _DISK_ERRORS:
+        return f"{error.strerror}: {error.filename or 'while writing'}"
+    return None
 
 
 class StopRequest:

@@ -13,11 +13,13 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from utils.cli import ONLY_FILE
 from utils.run_folder import RunFolder
 
 log = logging.getLogger(__name__)
 
 _FORMAT = "%(asctime)s %(levelname)s %(message)s"
+_BAR = "{percentage:3.0f}%|{bar:10}| {n}/{total} {elapsed}<{remaining}{postfix}"
 
 
 class _Console(logging.Handler):
@@ -113,7 +115,11 @@ class RunReport:
             self._metrics = MetricsFile(folder.metrics_file, from_step=from_step)
             self._tensorboard = TensorBoard(folder.tensorboard, from_step=from_step)
             self._bar = tqdm(
-                total=total_steps, initial=from_step, unit="step", disable=not self._has_bar
+                total=total_steps,
+                initial=from_step,
+                bar_format=_BAR,
+                dynamic_ncols=True,
+                disable=not self._has_bar,
             )
 
     def __enter__(self) -> "RunReport":
@@ -174,13 +180,19 @@ class RunReport:
             step,
         )
         left = tqdm.format_interval((self._total_steps - step) * seconds_per_step)
-        shown = " ".join(f"{name} {value:.4g}" for name, value in entry.items())
-        log.info(
-            "epoch %d step %d/%d %s left %s",
-            *(epoch, step, self._total_steps, shown, left),
-            extra={"only_file": self._has_bar},
+        shown = " ".join(
+            [
+                f"loss {losses['total']:.4f} lr {learning_rate:.2e} {images_per_s:.1f} images/s",
+                *_gpu_memory(),
+                *(f"{part} {loss:.4f}" for part, loss in losses.items() if part != "total"),
+            ]
         )
-        self._bar.set_postfix_str(f"{shown}{_gpu_memory()}", refresh=False)
+        log.info(
+            "epoch %d step %d/%d left %s %s",
+            *(epoch, step, self._total_steps, left, shown),
+            extra=ONLY_FILE if self._has_bar else None,
+        )
+        self._bar.set_postfix_str(shown, refresh=False)
         self._bar.update(step - self._bar.n)
 
     def validation(
@@ -194,10 +206,11 @@ class RunReport:
             self._tensorboard.image("examples", example, step)
 
 
-def _gpu_memory() -> str:
+def _gpu_memory() -> list[str]:
+    """The most memory that was in use at once, where there is a GPU."""
     if not torch.cuda.is_initialized():
-        return ""
-    return f" {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB"
+        return []
+    return [f"{torch.cuda.max_memory_allocated() / 2**30:.1f} GiB"]
 
 
 def _whole_lines(path: Path) -> list[str]:

@@ -179,6 +179,21 @@ def test_stop_and_resume_equal_one_run_bit_for_bit(configure, monkeypatch, stop_
     assert logged[1] == logged[0]
 
 
+def test_a_resumed_run_remembers_its_best(configure, monkeypatch):
+    scores = iter([0.5, 0.3])
+    monkeypatch.setattr(
+        trainer,
+        "evaluate_segmentation",
+        lambda *_, **__: {"miou": next(scores), "class_iou": {}},
+    )
+    config = configure("train.max_steps=8", "train.val_every=1")
+    with monkeypatch.context() as patch:
+        change_loss(patch, kill_at(5, signal.SIGTERM))
+        run(config)
+    run(config, resume=True)
+    assert load_checkpoint(RunFolder(config).best_checkpoint).step == 4
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_ends_the_run_after_its_step(configure, monkeypatch, no_validation, number):
     config = configure("train.log_every=100")

@@ -1,5 +1,7 @@
 """Common flags, exit codes and the orderly stop."""
 
+import errno
+import logging
 import os
 import signal
 
@@ -8,6 +10,7 @@ import pytest
 from configs import ConfigError
 from utils.cli import StopRequest, common_parser, run_main
 from utils.errors import InputError
+from utils.log import setup_logging
 
 DOCUMENT = """Do a thing.
 
@@ -33,6 +36,38 @@ def test_bad_input_is_one_line_and_code_2(kind, capsys):
         raise kind("first line\n  second line")
 
     assert outcome_of(main, capsys) == (2, "error: first line second line\n")
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EACCES])
+def test_a_disk_that_cannot_be_written_is_code_2(number, capsys):
+    def main():
+        raise OSError(number, os.strerror(number), "metrics.jsonl")
+
+    assert outcome_of(main, capsys) == (2, f"error: {os.strerror(number)}: metrics.jsonl\n")
+
+
+def test_errors_reach_the_log_file_too(tmp_path, capsys):
+    root = logging.getLogger()
+    handlers = list(root.handlers)
+    try:
+        setup_logging(tmp_path / "train_output.log")
+
+        def bad_input():
+            raise InputError("no such image")
+
+        def unforeseen():
+            raise KeyError("a slip")
+
+        code, err = outcome_of(bad_input, capsys)
+        assert (code, err) == (2, "error: no such image\n")
+        with pytest.raises(KeyError):
+            run_main(unforeseen)
+        assert capsys.readouterr().out == ""
+    finally:
+        root.handlers[:] = handlers
+    text = (tmp_path / "train_output.log").read_text()
+    assert "ERROR no such image" in text
+    assert "Traceback" in text and "a slip" in text
 
 
 def test_keyboard_interrupt_is_130(capsys):

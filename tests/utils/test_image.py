@@ -149,6 +149,7 @@ def test_thermal_of_8_bits_is_unchanged_and_silent(tmp_path, caplog):
     assert not caplog.records
 
 
+@pytest.mark.filterwarnings("error")
 def test_thermal_stretch_of_one_value():
     assert (thermal_to_uint8(np.full((4, 4), 30000, np.uint16)) == 0).all()
 

@@ -1,8 +1,10 @@
 """The log file, metrics.jsonl, TensorBoard, and the files that describe a run."""
 
+import io
 import json
 import logging
 import math
+import sys
 
 import pytest
 import torch
@@ -119,7 +121,8 @@ def test_a_report_reaches_metrics_log_and_tensorboard(folder, caplog):
     assert {key: entry[key] for key in list(entry)[:5]} == {
         "step": 4, "epoch": 1, "loss": 1.5, "loss_segmentation": 0.5, "lr": 1e-3,
     }  # fmt: skip
-    assert "epoch 1 step 4/10 loss 1.5" in caplog.text
+    assert "epoch 1 step 4/10 left" in caplog.text
+    assert "segmentation 0.5000" in caplog.text
     events = EventAccumulator(str(folder.tensorboard)).Reload()
     values = {tag: events.Scalars(tag)[0].value for tag in events.Tags()["scalars"]}
     assert values.pop("train/images_per_s") > 0
@@ -129,6 +132,24 @@ def test_a_report_reaches_metrics_log_and_tensorboard(folder, caplog):
     }  # fmt: skip
     assert values["experts/block0_expert1"] == 0.75
     assert math.isclose(values["train/lr"], 1e-3, rel_tol=1e-6)
+
+
+class Terminal(io.StringIO):
+    def isatty(self):
+        return True
+
+
+def test_on_a_terminal_steps_show_in_the_bar_and_in_the_file(
+    folder, root_logger, monkeypatch, capsys
+):
+    monkeypatch.setattr(sys, "stderr", Terminal())
+    setup_logging(folder.log_file)
+    with RunReport(folder, from_step=0, total_steps=10, is_enabled=True) as report:
+        report_steps(report)
+    bar = sys.stderr.getvalue()
+    assert "4/10" in bar and "images/s" in bar and "segmentation 0.5" in bar
+    assert "step 4/10" not in capsys.readouterr().out
+    assert "step 4/10" in folder.log_file.read_text()
 
 
 def test_a_report_of_another_rank_writes_nothing(folder):

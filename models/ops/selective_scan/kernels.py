@@ -1,0 +1,527 @@
+"""Triton kernels of the selective scan: linear recurrences cut into chunks, lanes and steps.
+
+A program holds ROWS channels x LANES x STEPS tokens in registers; token = lane · STEPS + step. A
+lane (one GPU thread) walks its own tokens one after the other; the lanes are joined by a short
+parallel scan over their end states, and chunks by a carry that _chunk_ends and _carry find first.
+So a state costs about two multiply-adds and one exponential, and none is ever stored.
+
+All factors are products of decays exp(dt·A), never quotients: nothing overflows, whatever dt.
+"""
+
+import triton
+import triton.language as tl
+
+LOG2_E: tl.constexpr = tl.constexpr(1.4426950408889634)
+
+
+@triton.jit
+def _softplus(x):
+    """log(1 + e^x) to full relative precision: log1p(z) = 2 artanh(z / (2 + z)), z in (0, 1]."""
+    z = tl.exp2(-tl.abs(x) * LOG2_E)
+    s = z / (2 + z)
+    q = s * s
+    series = 1 / 7 + q * (1 / 9 + q * (1 / 11 + q * (1 / 13)))
+    series = 1 + q * (1 / 3 + q * (1 / 5 + q * series))
+    return tl.maximum(x, 0.0) + 2 * s * series
+
+
+@triton.jit
+def _sigmoid(x):
+    z = tl.exp2(-tl.abs(x) * LOG2_E)
+    return tl.where(x >= 0, 1.0, z) / (1 + z)
+
+
+@triton.jit
+def _load(ptr, start, token, length, valid, STEPS: tl.constexpr):
+    """Tokens token ... token + STEPS - 1 of each lane as float32; start, token, valid (M,).
+
+    Each load is 16 bytes wide; halves are joined so that a thread keeps all tokens of its lane.
+    """
+    if STEPS * ptr.dtype.element_ty.primitive_bitwidth <= 128:
+        at = token[:, None] + tl.arange(0, STEPS)[None, :]
+        x = tl.load(ptr + start[:, None] + at, mask=(at < length) & valid[:, None], other=0.0)
+        return x.to(tl.float32)
+    else:  # noqa: RET505 (the compiler needs both branches)
+        half: tl.constexpr = STEPS // 2
+        left = _load(ptr, start, token, length, valid, half)
+        right = _load(ptr, start, token + half, length, valid, half)
+        both = tl.permute(tl.join(left, right), (0, 2, 1))
+        return tl.reshape(both, [token.shape[0], STEPS])
+
+
+@triton.jit
+def _store(ptr, x, start, token, length, valid, STEPS: tl.constexpr):
+    """Write what _load reads; x (M, STEPS)."""
+    if STEPS * ptr.dtype.element_ty.primitive_bitwidth <= 128:
+        at = token[:, None] + tl.arange(0, STEPS)[None, :]
+        x = x.to(ptr.dtype.element_ty)
+        tl.store(ptr + start[:, None] + at, x, mask=(at < length) & valid[:, None])
+    else:
+        half: tl.constexpr = STEPS // 2
+        both = tl.permute(tl.reshape(x, [token.shape[0], 2, half]), (0, 2, 1))
+        left, right = tl.split(both)
+        _store(ptr, left, start, token, length, valid, half)
+        _store(ptr, right, start, token + half, length, valid, half)
+
+
+@triton.jit
+def _take(x, step: tl.constexpr):
+    """x[:, :, step]; as a sum of integers with zeros it compiles to the name of a register."""
+    steps = tl.arange(0, x.shape[2])[None, None, :]
+    bits = tl.where(steps == step, x.to(tl.int32, bitcast=True), 0)
+    return tl.sum(bits, 2).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def _put(x, step: tl.constexpr, value):
+    """x with x[:, :, step] = value."""
+    steps = tl.arange(0, x.shape[2])[None, None, :]
+    return tl.where(steps == step, value[:, :, None], x)
+
+
+@triton.jit
+def _then(decay_1, state_1, decay_2, state_2):
+    """One stretch of a linear recurrence after another."""
+    return decay_1 * decay_2, decay_2 * state_1 + state_2
+
+
+@triton.jit
+def _join_lanes(decay, end, carry, REVERSE: tl.constexpr):
+    """From each lane's decay and end state (from zero): the states that enter and leave it.
+
+    decay, end (ROWS, LANES); carry (ROWS,) enters the first lane, the last one if REVERSE. Between
+    the lanes stand identities: there, the inclusive scan shows what enters the next lane.
+    """
+    ROWS: tl.constexpr = end.shape[0]
+    LANES: tl.constexpr = end.shape[1]
+    lane = tl.arange(0, LANES)[None, :]
+    is_first = lane == (LANES - 1 if REVERSE else 0)
+    end = tl.where(is_first, decay * carry[:, None] + end, end)
+    one, zero = tl.full([ROWS, LANES], 1.0, tl.float32), tl.zeros([ROWS, LANES], tl.float32)
+    if REVERSE:
+        decays, states = tl.join(decay, one), tl.join(end, zero)
+    else:
+        decays, states = tl.join(one, decay), tl.join(zero, end)
+    decays = tl.reshape(decays, [ROWS, 2 * LANES])
+    states = tl.reshape(states, [ROWS, 2 * LANES])
+    decays, states = tl.associative_scan((decays, states), 1, _then, reverse=REVERSE)
+    states = tl.reshape(states, [ROWS, LANES, 2])
+    if REVERSE:
+        leaving, entering = tl.split(states)
+    else:
+        entering, leaving = tl.split(states)
+    return tl.where(is_first, carry[:, None], entering), leaving
+
+
+@triton.jit
+def _lane_ends(decay, x, REVERSE: tl.constexpr):
+    """What leaves each lane if zero enters: s = decay · s + x, or s = decay · (s + x) backward."""
+    STEPS: tl.constexpr = x.shape[2]
+    if REVERSE:
+        state = _take(decay, STEPS - 1) * _take(x, STEPS - 1)
+        for step in tl.static_range(STEPS - 2, -1, -1):
+            state = _take(decay, step) * (_take(x, step) + state)
+    else:
+        state = _take(x, 0)
+        for step in tl.static_range(1, STEPS):
+            state = _take(decay, step) * state + _take(x, step)
+    return state
+
+
+@triton.jit
+def _states(decay, x, state):
+    """state = decay · state + x along each lane: the inherited parts and the states."""
+    inherited, states = x, x
+    for step in tl.static_range(x.shape[2]):
+        state = _take(decay, step) * state
+        inherited = _put(inherited, step, state)
+        state += _take(x, step)
+        states = _put(states, step, state)
+    return inherited, states
+
+
+@triton.jit
+def _state_gradients(decay, x, gradient):
+    """dL/dh_l = x_l + exp(dt_{l+1}·A) dL/dh_{l+1}, given what enters each lane from later ones."""
+    gradients = x
+    for step in tl.static_range(x.shape[2] - 1, -1, -1):
+        gradient += _take(x, step)
+        gradients = _put(gradients, step, gradient)
+        gradient *= _take(decay, step)
+    return gradients
+
+
+@triton.jit
+def _add(a, b):
+    return a + b
+
+
+@triton.jit
+def _sum_rows(x, WARPS: tl.constexpr):
+    """Sum over the first axis (ROWS, LANES, STEPS), whose rows lie in WARPS warps.
+
+    A scan along an axis brings that axis into registers, which is the cheap way across warps.
+    """
+    LANES: tl.constexpr = x.shape[1]
+    STEPS: tl.constexpr = x.shape[2]
+    x = tl.sum(tl.reshape(x, [x.shape[0] // WARPS, WARPS, LANES, STEPS]), 0)
+    if WARPS == 1:
+        return tl.reshape(x, [LANES, STEPS])
+    else:  # noqa: RET505
+        x = tl.associative_scan(tl.reshape(x, [WARPS, LANES * STEPS]), 0, _add)
+        last = tl.arange(0, WARPS)[:, None] == WARPS - 1
+        bits = tl.sum(tl.where(last, x.to(tl.int32, bitcast=True), 0), 0)
+        return tl.reshape(bits.to(tl.float32, bitcast=True), [LANES, STEPS])
+
+
+@triton.jit
+def _step_sizes(
+    delta, bias, start, token, length, row, valid, SOFTPLUS: tl.constexpr, STEPS: tl.constexpr
+):
+    """dt and delta + bias (M, STEPS); dt = 0 past the end, so that states pass unchanged."""
+    raw = _load(delta, start, token, length, valid, STEPS)
+    if bias is not None:
+        raw += tl.load(bias + row, mask=valid, other=0.0).to(tl.float32)[:, None]
+    dt = raw
+    if SOFTPLUS:
+        dt = _softplus(raw)
+    at = token[:, None] + tl.arange(0, STEPS)[None, :]
+    return tl.where(at < length, dt, 0.0), raw
+
+
+@triton.jit
+def _chunk_ends_kernel(
+    delta,
+    bias,
+    x,
+    weight,
+    A,
+    ends,
+    spans,
+    length,
+    channels,
+    groups,
+    N,
+    chunks,
+    blocks,
+    SOFTPLUS: tl.constexpr,
+    REVERSE: tl.constexpr,
+    ROWS: tl.constexpr,
+    LANES: tl.constexpr,
+    STEPS: tl.constexpr,
+):
+    """What each chunk hands on if zero enters it, and the sum of its dt.
+
+    Forward x, weight are u, B; REVERSE they are dL/dy, C. As no state inside is needed, each
+    token's share is found on its own, from the time between it and the border.
+    """
+    pid = tl.program_id(0)
+    block = pid % blocks
+    chunk = pid // blocks % chunks
+    group = pid // (blocks * chunks) % groups
+    batch = pid // (blocks * chunks) // groups
+    group_size = channels // groups
+
+    pair = tl.arange(0, ROWS * LANES)
+    pair_valid = block * ROWS + pair // LANES < group_size
+    pair_row = group * group_size + block * ROWS + pair // LANES
+    pair_start = (batch * channels + pair_row).to(tl.int64) * length
+    pair_token = (chunk * LANES + pair % LANES) * STEPS
+    dt, raw = _step_sizes(
+        delta, bias, pair_start, pair_token, length, pair_row, pair_valid, SOFTPLUS, STEPS
+    )
+    inputs = _load(x, pair_start, pair_token, length, pair_valid, STEPS)
+    if not REVERSE:
+        inputs *= dt
+    dt = tl.reshape(dt, [ROWS, LANES, STEPS])
+    inputs = tl.reshape(inputs, [ROWS, LANES, STEPS])
+
+    span = tl.sum(dt, 2)
+    nothing = tl.zeros([ROWS], tl.float32)
+    time, leaving = _join_lanes(tl.full([ROWS, LANES], 1.0, tl.float32), span, nothing, not REVERSE)
+    times = dt
+    if REVERSE:  # from the chunk's beginning to this token, itself included
+        for step in tl.static_range(STEPS):
+            time += _take(dt, step)
+            times = _put(times, step, time)
+    else:  # from this token, itself excluded, to the chunk's end
+        for step in tl.static_range(STEPS - 1, -1, -1):
+            times = _put(times, step, time)
+            time += _take(dt, step)
+
+    row = group * group_size + block * ROWS + tl.arange(0, ROWS)
+    valid = block * ROWS + tl.arange(0, ROWS) < group_size
+    token = (chunk * LANES + tl.arange(0, LANES)) * STEPS
+    out = ((batch * chunks + chunk) * channels + row).to(tl.int64)
+    tl.store(spans + out, tl.sum(span, 1), mask=valid)
+    weight += (batch * groups + group).to(tl.int64) * N * length
+    for n in range(N):
+        rate = tl.load(A + row * N + n, mask=valid, other=0.0).to(tl.float32) * LOG2_E
+        w = _load(weight + n * length, token * 0, token, length, token < length, STEPS)
+        share = tl.exp2(times * rate[:, None, None]) * inputs * w[None]
+        tl.store(ends + out * N + n, tl.sum(tl.sum(share, 2), 1), mask=valid)
+
+
+@triton.jit
+def _carry_kernel(
+    ends,
+    spans,
+    A,
+    states,
+    channels,
+    N,
+    chunks,
+    REVERSE: tl.constexpr,
+    WIDTH: tl.constexpr,
+    DEPTH: tl.constexpr,
+):
+    """The state that enters each chunk but the first (REVERSE: the gradient, but the last)."""
+    index = tl.program_id(0) * WIDTH + tl.arange(0, WIDTH)  # channel · N + n
+    valid = index < channels * N
+    batch = tl.program_id(1).to(tl.int64)
+    rate = tl.load(A + index, mask=valid, other=0.0).to(tl.float32) * LOG2_E
+    carry = tl.zeros([WIDTH], tl.float32)
+    depth = tl.arange(0, DEPTH)[:, None]
+    for first in range(0, chunks, DEPTH):
+        position = first + depth
+        inside = (position < chunks) & valid[None, :]
+        chunk = position
+        following = position + 1
+        if REVERSE:
+            chunk = chunks - 1 - position
+            following = chunk - 1
+        span_at = (batch * chunks + chunk) * channels + (index // N)[None, :]
+        end_at = (batch * chunks + chunk) * channels * N + index[None, :]
+        decay = tl.exp2(tl.load(spans + span_at, mask=inside, other=0.0) * rate[None, :])
+        end = tl.load(ends + end_at, mask=inside, other=0.0)
+        decay, end = tl.associative_scan((decay, end), 0, _then)
+        state = decay * carry[None, :] + end
+        state_at = (batch * chunks + following) * channels * N + index[None, :]
+        tl.store(states + state_at, state, mask=inside & (position < chunks - 1))
+        carry = tl.sum(tl.where(depth == DEPTH - 1, state, 0.0), 0)
+
+
+@triton.jit
+def _output_kernel(
+    u,
+    delta,
+    bias,
+    A,
+    B,
+    C,
+    D,
+    y,
+    states,
+    length,
+    channels,
+    groups,
+    N,
+    chunks,
+    blocks,
+    STREAM: tl.constexpr,
+    SOFTPLUS: tl.constexpr,
+    ROWS: tl.constexpr,
+    LANES: tl.constexpr,
+    STEPS: tl.constexpr,
+    CHUNK: tl.constexpr,
+):
+    """y of one chunk from the state that enters it; STREAM: of all chunks, and those states.
+
+    STREAM walks the row in tiles of one or more chunks and needs no other kernel before it, but
+    fills the chip only if there are many rows.
+    """
+    TILE: tl.constexpr = LANES * STEPS
+    pid = tl.program_id(0)
+    block = pid % blocks
+    pid = pid // blocks
+    if STREAM:
+        first_tile = 0
+        last_tile = (length + TILE - 1) // TILE
+    else:
+        first_tile = pid % chunks
+        last_tile = first_tile + 1
+        pid = pid // chunks
+    group = pid % groups
+    batch = pid // groups
+    group_size = channels // groups
+
+    pair = tl.arange(0, ROWS * LANES)
+    pair_valid = block * ROWS + pair // LANES < group_size
+    pair_row = group * group_size + block * ROWS + pair // LANES
+    pair_start = (batch * channels + pair_row).to(tl.int64) * length
+    row = group * group_size + block * ROWS + tl.arange(0, ROWS)
+    valid = block * ROWS + tl.arange(0, ROWS) < group_size
+    lane = tl.arange(0, LANES)
+    B += (batch * groups + group).to(tl.int64) * N * length
+    C += (batch * groups + group).to(tl.int64) * N * length
+    states += (batch * chunks).to(tl.int64) * channels * N
+
+    for tile in range(first_tile, last_tile):
+        token = tile * TILE + lane * STEPS
+        pair_token = tile * TILE + (pair % LANES) * STEPS
+        dt, raw = _step_sizes(
+            delta, bias, pair_start, pair_token, length, pair_row, pair_valid, SOFTPLUS, STEPS
+        )
+        inputs = _load(u, pair_start, pair_token, length, pair_valid, STEPS)
+        out = tl.zeros([ROWS * LANES, STEPS], tl.float32)
+        if D is not None:
+            skip = tl.load(D + pair_row, mask=pair_valid, other=0.0).to(tl.float32)
+            out = skip[:, None] * inputs
+        inputs = tl.reshape(dt * inputs, [ROWS, LANES, STEPS])
+        dt = tl.reshape(dt, [ROWS, LANES, STEPS])
+        out = tl.reshape(out, [ROWS, LANES, STEPS])
+        span = tl.sum(dt, 2)
+        first_chunk = tile * (TILE // CHUNK)
+        for n in range(N):
+            rate = tl.load(A + row * N + n, mask=valid, other=0.0).to(tl.float32) * LOG2_E
+            at = (first_chunk * channels + row).to(tl.int64) * N + n
+            carry = tl.load(states + at, mask=valid & (tile > 0), other=0.0)
+            matrix_at = n * length
+            b = _load(B + matrix_at, token * 0, token, length, token < length, STEPS)
+            c = _load(C + matrix_at, token * 0, token, length, token < length, STEPS)
+            decay = tl.exp2(dt * rate[:, None, None])
+            x = inputs * b[None]
+            end = _lane_ends(decay, x, False)
+            entering, leaving = _join_lanes(tl.exp2(span * rate[:, None]), end, carry, False)
+            inherited, state = _states(decay, x, entering)
+            out += state * c[None]
+            if STREAM:
+                chunk = first_chunk + (lane + 1) * STEPS // CHUNK
+                is_border = ((lane + 1) * STEPS % CHUNK == 0) & (chunk < chunks)
+                at = (chunk.to(tl.int64)[None, :] * channels + row[:, None]) * N + n
+                tl.store(states + at, leaving, mask=valid[:, None] & is_border[None, :])
+        out = tl.reshape(out, [ROWS * LANES, STEPS])
+        _store(y, out, pair_start, pair_token, length, pair_valid, STEPS)
+        if STREAM:
+            tl.debug_barrier()  # the next tile reads the states that this one stored
+
+
+@triton.jit
+def _gradient_kernel(
+    grad_y,
+    u,
+    delta,
+    bias,
+    A,
+    B,
+    C,
+    D,
+    states,
+    gradients,
+    grad_u,
+    grad_delta,
+    grad_BC,
+    grad_rows,
+    length,
+    channels,
+    groups,
+    N,
+    chunks,
+    blocks,
+    splits,
+    batches,
+    SOFTPLUS: tl.constexpr,
+    ROWS: tl.constexpr,
+    LANES: tl.constexpr,
+    STEPS: tl.constexpr,
+    WARPS: tl.constexpr,
+):
+    """All gradients of one chunk, for one of `splits` parts of a group's channels.
+
+    grad_BC (splits, 2, batch, groups, N, length) and grad_rows (batch, chunks, channels, N + 2),
+    which holds those of A, D and the bias, are summed over programs afterwards: no atomics.
+    """
+    pid = tl.program_id(0)
+    split = pid % splits
+    chunk = pid // splits % chunks
+    group = pid // (splits * chunks) % groups
+    batch = pid // (splits * chunks) // groups
+    group_size = channels // groups
+
+    lane = tl.arange(0, LANES)
+    pair = tl.arange(0, ROWS * LANES)
+    token = (chunk * LANES + lane) * STEPS
+    pair_token = (chunk * LANES + pair % LANES) * STEPS
+    chunk_at = (batch * chunks + chunk).to(tl.int64) * channels
+    matrices = (batch * groups + group).to(tl.int64) * N * length
+    half = batches.to(tl.int64) * groups * N * length
+    B += matrices
+    C += matrices
+    grad_B = grad_BC + split * 2 * half + matrices
+    grad_C = grad_B + half
+
+    first_block = split * blocks // splits
+    for block in range(first_block, (split + 1) * blocks // splits):
+        pair_valid = block * ROWS + pair // LANES < group_size
+        pair_row = group * group_size + block * ROWS + pair // LANES
+        pair_start = (batch * channels + pair_row).to(tl.int64) * length
+        row = group * group_size + block * ROWS + tl.arange(0, ROWS)
+        valid = block * ROWS + tl.arange(0, ROWS) < group_size
+
+        dt, raw = _step_sizes(
+            delta, bias, pair_start, pair_token, length, pair_row, pair_valid, SOFTPLUS, STEPS
+        )
+        inputs = dt * _load(u, pair_start, pair_token, length, pair_valid, STEPS)
+        dy = _load(grad_y, pair_start, pair_token, length, pair_valid, STEPS)
+        dt = tl.reshape(dt, [ROWS, LANES, STEPS])
+        inputs = tl.reshape(inputs, [ROWS, LANES, STEPS])
+        dy = tl.reshape(dy, [ROWS, LANES, STEPS])
+        span = tl.sum(dt, 2)
+        grad_inputs = tl.zeros([ROWS, LANES, STEPS], tl.float32)
+        grad_dt = tl.zeros([ROWS, LANES, STEPS], tl.float32)
+        is_later = (token < length) & (block > first_block)
+        for n in range(N):
+            a = tl.load(A + row * N + n, mask=valid, other=0.0).to(tl.float32)
+            state_at = (chunk_at + row) * N + n
+            carry = tl.load(states + state_at, mask=valid & (chunk > 0), other=0.0)
+            late = tl.load(gradients + state_at, mask=valid & (chunk < chunks - 1), other=0.0)
+            matrix_at = n * length
+            b = _load(B + matrix_at, token * 0, token, length, token < length, STEPS)
+            c = _load(C + matrix_at, token * 0, token, length, token < length, STEPS)
+            decay = tl.exp2(dt * (a * LOG2_E)[:, None, None])
+            lane_decay = tl.exp2(span * (a * LOG2_E)[:, None])
+
+            x = inputs * b[None]
+            entering, leaving = _join_lanes(lane_decay, _lane_ends(decay, x, False), carry, False)
+            inherited, state = _states(decay, x, entering)
+            for_c = _sum_rows(state * dy, WARPS)
+
+            x = dy * c[None]
+            entering, leaving = _join_lanes(lane_decay, _lane_ends(decay, x, True), late, True)
+            grad_state = _state_gradients(decay, x, entering)
+            for_b = _sum_rows(grad_state * inputs, WARPS)
+
+            grad_inputs += grad_state * b[None]
+            grad_exponent = grad_state * inherited
+            grad_dt += grad_exponent * a[:, None, None]
+            for_a = tl.sum(tl.sum(grad_exponent * dt, 2), 1)
+            tl.store(grad_rows + (chunk_at + row) * (N + 2) + n, for_a, mask=valid)
+            for_b += _load(grad_B + matrix_at, token * 0, token, length, is_later, STEPS)
+            for_c += _load(grad_C + matrix_at, token * 0, token, length, is_later, STEPS)
+            _store(grad_B + matrix_at, for_b, token * 0, token, length, token < length, STEPS)
+            _store(grad_C + matrix_at, for_c, token * 0, token, length, token < length, STEPS)
+
+        dt, raw = _step_sizes(
+            delta, bias, pair_start, pair_token, length, pair_row, pair_valid, SOFTPLUS, STEPS
+        )
+        inputs = _load(u, pair_start, pair_token, length, pair_valid, STEPS)
+        dy = _load(grad_y, pair_start, pair_token, length, pair_valid, STEPS)
+        grad_inputs = tl.reshape(grad_inputs, [ROWS * LANES, STEPS])
+        grad_dt = tl.reshape(grad_dt, [ROWS * LANES, STEPS]) + grad_inputs * inputs
+        if SOFTPLUS:
+            grad_dt *= _sigmoid(raw)
+        _store(grad_delta, grad_dt, pair_start, pair_token, length, pair_valid, STEPS)
+        in_row = pair_token[:, None] + tl.arange(0, STEPS)[None, :] < length
+        for_bias = tl.where(in_row, grad_dt, 0.0)
+        for_bias = tl.sum(tl.sum(tl.reshape(for_bias, [ROWS, LANES, STEPS]), 2), 1)
+        tl.store(grad_rows + (chunk_at + row) * (N + 2) + N + 1, for_bias, mask=valid)
+
+        grad_inputs *= dt
+        if D is not None:
+            skip = tl.load(D + pair_row, mask=pair_valid, other=0.0).to(tl.float32)
+            grad_inputs += skip[:, None] * dy
+            for_skip = tl.reshape(dy * inputs, [ROWS, LANES, STEPS])
+            for_skip = tl.sum(tl.sum(for_skip, 2), 1)
+            tl.store(grad_rows + (chunk_at + row) * (N + 2) + N, for_skip, mask=valid)
+        _store(grad_u, grad_inputs, pair_start, pair_token, length, pair_valid, STEPS)
+        tl.debug_barrier()  # the next block of channels adds to what this one stored

@@ -1,0 +1,348 @@
+"""The selective scan on GPU: Triton kernels as custom operators with a backward of their own.
+
+Forward, parallel over chunks of the sequence: what each chunk hands on, a carry over the chunks,
+then the outputs; with enough channels one kernel that walks along each row. Saved for the backward
+are the arguments and one state per chunk; states inside are computed again. Deterministic.
+"""
+
+import contextlib
+import os
+from typing import NamedTuple
+
+import torch
+import triton
+from torch import Tensor
+
+from models.ops.selective_scan.kernels import (
+    _carry_kernel,
+    _chunk_ends_kernel,
+    _gradient_kernel,
+    _output_kernel,
+)
+
+_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+
+
+class _Shape(NamedTuple):
+    """How a kernel cuts its work: channels, lanes and tokens per lane of one program."""
+
+    rows: int
+    lanes: int
+    steps: int
+    warps: int
+
+
+class _Tuning(NamedTuple):
+    """Shapes of the kernels; all but `stream` cover one chunk of lanes x steps tokens."""
+
+    ends: _Shape
+    output: _Shape
+    gradient: _Shape
+    stream: _Shape
+    stream_programs: int  # walk along the rows if there are this many programs at least
+    gradient_programs: int  # share a group's channels among programs until there are so many
+
+
+_GPU = _Tuning(
+    ends=_Shape(2, 32, 8, 1),
+    output=_Shape(2, 32, 8, 1),
+    gradient=_Shape(8, 32, 8, 4),
+    stream=_Shape(1, 128, 8, 4),
+    stream_programs=264,
+    gradient_programs=2112,
+)
+# The interpreter runs the same code on a CPU for tests: small tiles, all paths.
+_INTERPRETER = _Tuning(
+    ends=_Shape(2, 8, 4, 1),
+    output=_Shape(2, 8, 4, 1),
+    gradient=_Shape(2, 8, 4, 2),
+    stream=_Shape(1, 16, 4, 1),
+    stream_programs=4,
+    gradient_programs=8,
+)
+_tuning = _INTERPRETER if _INTERPRETED else _GPU
+
+
+def selective_scan_triton(
+    u: Tensor,
+    delta: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    delta_bias: Tensor | None,
+    delta_softplus: bool,
+) -> Tensor:
+    """The same function as selective_scan_reference; state in float32.
+
+    Raises:
+        RuntimeError: tensors that are not on a GPU, or float64 u.
+    """
+    if not (u.is_cuda or _INTERPRETED):
+        raise RuntimeError(f"scan backend 'triton' needs GPU tensors, got {u.device}")
+    if u.dtype == torch.float64:
+        raise RuntimeError("scan backend 'triton' has a float32 state; use 'chunked' for float64")
+    return _forward(u, delta, A, B, C, D, delta_bias, delta_softplus)[0]
+
+
+@torch.library.custom_op("cmfs::selective_scan", mutates_args=())
+def _forward(
+    u: Tensor,
+    delta: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    delta_bias: Tensor | None,
+    delta_softplus: bool,
+) -> tuple[Tensor, Tensor]:
+    """y (batch, D, L) and the state that enters each chunk (batch, chunks, D, N)."""
+    u, delta, A, B, C, D, delta_bias = map(_contiguous, (u, delta, A, B, C, D, delta_bias))
+    sizes = _sizes(u, A, B)
+    y = torch.empty_like(u)
+    states = _empty_states(u, sizes)
+    if y.numel() == 0:
+        return y, states
+    shape = _tuning.stream
+    blocks = triton.cdiv(sizes.channels // sizes.groups, shape.rows)
+    programs = blocks * sizes.groups * sizes.batch
+    stream = programs >= _tuning.stream_programs
+    with _device(u):
+        if not stream:
+            _enter_chunks(sizes, delta, delta_bias, u, B, A, states, delta_softplus, reverse=False)
+            shape = _tuning.output
+            blocks = triton.cdiv(sizes.channels // sizes.groups, shape.rows)
+            programs = blocks * sizes.groups * sizes.batch * sizes.chunks
+        _output_kernel[(programs,)](
+            u,
+            delta,
+            delta_bias,
+            A,
+            B,
+            C,
+            D,
+            y,
+            states,
+            sizes.length,
+            sizes.channels,
+            sizes.groups,
+            sizes.states,
+            sizes.chunks,
+            blocks,
+            STREAM=stream,
+            SOFTPLUS=delta_softplus,
+            ROWS=shape.rows,
+            LANES=shape.lanes,
+            STEPS=shape.steps,
+            CHUNK=_chunk(),
+            num_warps=shape.warps,
+        )
+    return y, states
+
+
+@_forward.register_fake
+def _(u, delta, A, B, C, D, delta_bias, delta_softplus):
+    y = torch.empty_like(u, memory_format=torch.contiguous_format)
+    return y, _empty_states(u, _sizes(u, A, B))
+
+
+@torch.library.custom_op("cmfs::selective_scan_backward", mutates_args=())
+def _backward(
+    grad_y: Tensor,
+    u: Tensor,
+    delta: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    delta_bias: Tensor | None,
+    states: Tensor,
+    delta_softplus: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of u, delta, A, B, C, D and delta_bias; of absent ones an unused vector."""
+    arguments = (grad_y, u, delta, A, B, C, D, delta_bias)
+    grad_y, u, delta, A, B, C, D, delta_bias = map(_contiguous, arguments)
+    sizes = _sizes(u, A, B)
+    grad_u, grad_delta = torch.empty_like(u), torch.empty_like(delta)
+    shape = _tuning.gradient
+    blocks = triton.cdiv(sizes.channels // sizes.groups, shape.rows)
+    programs = max(1, sizes.batch * sizes.groups * sizes.chunks)
+    splits = min(blocks, triton.cdiv(_tuning.gradient_programs, programs))
+    grad_BC = u.new_empty((splits, 2, *B.shape), dtype=torch.float32)
+    grad_rows = u.new_empty(
+        (sizes.batch, sizes.chunks, sizes.channels, sizes.states + 2), dtype=torch.float32
+    )
+    if u.numel() > 0:
+        with _device(u):
+            gradients = torch.empty_like(states)
+            _enter_chunks(
+                sizes, delta, delta_bias, grad_y, C, A, gradients, delta_softplus, reverse=True
+            )
+            _gradient_kernel[(programs * splits,)](
+                grad_y,
+                u,
+                delta,
+                delta_bias,
+                A,
+                B,
+                C,
+                D,
+                states,
+                gradients,
+                grad_u,
+                grad_delta,
+                grad_BC,
+                grad_rows,
+                sizes.length,
+                sizes.channels,
+                sizes.groups,
+                sizes.states,
+                sizes.chunks,
+                blocks,
+                splits,
+                sizes.batch,
+                SOFTPLUS=delta_softplus,
+                ROWS=shape.rows,
+                LANES=shape.lanes,
+                STEPS=shape.steps,
+                WARPS=shape.warps,
+                num_warps=shape.warps,
+            )
+    grad_B, grad_C = (grad_BC[0] if splits == 1 else grad_BC.sum(0)).unbind(0)
+    rows = grad_rows.sum((0, 1))
+    return (
+        grad_u,
+        grad_delta,
+        rows[:, :-2].to(A.dtype, copy=True),
+        grad_B.to(B.dtype, copy=True),
+        grad_C.to(C.dtype, copy=True),
+        rows[:, -2].to(A.dtype if D is None else D.dtype, copy=True),
+        rows[:, -1].to(A.dtype if delta_bias is None else delta_bias.dtype, copy=True),
+    )
+
+
+@_backward.register_fake
+def _(grad_y, u, delta, A, B, C, D, delta_bias, states, delta_softplus):
+    whole = torch.contiguous_format
+    vector = A.new_empty(A.shape[:1])
+    return (
+        torch.empty_like(u, memory_format=whole),
+        torch.empty_like(delta, memory_format=whole),
+        torch.empty_like(A, memory_format=whole),
+        torch.empty_like(B, memory_format=whole),
+        torch.empty_like(C, memory_format=whole),
+        torch.empty_like(vector if D is None else D, memory_format=whole),
+        torch.empty_like(vector if delta_bias is None else delta_bias, memory_format=whole),
+    )
+
+
+def _setup_context(ctx, inputs, output) -> None:
+    *tensors, ctx.delta_softplus = inputs
+    ctx.save_for_backward(*tensors, output[1])
+    ctx.set_materialize_grads(False)
+
+
+def _differentiate(ctx, grad_y: Tensor | None, _grad_states: None) -> tuple[Tensor | None, ...]:
+    if grad_y is None:
+        return (None,) * 8
+    gradients = _backward(grad_y, *ctx.saved_tensors, ctx.delta_softplus)
+    D, delta_bias = ctx.saved_tensors[5:7]
+    return (
+        *gradients[:5],
+        None if D is None else gradients[5],
+        None if delta_bias is None else gradients[6],
+        None,
+    )
+
+
+_forward.register_autograd(_differentiate, setup_context=_setup_context)
+
+
+class _Sizes(NamedTuple):
+    batch: int
+    channels: int
+    length: int
+    groups: int
+    states: int
+    chunks: int
+
+
+def _sizes(u: Tensor, A: Tensor, B: Tensor) -> _Sizes:
+    batch, channels, length = u.shape
+    chunks = (length + _chunk() - 1) // _chunk()
+    return _Sizes(batch, channels, length, B.shape[1], A.shape[1], chunks)
+
+
+def _chunk() -> int:
+    """Tokens from one kept state to the next."""
+    return _tuning.output.lanes * _tuning.output.steps
+
+
+def _empty_states(u: Tensor, sizes: _Sizes) -> Tensor:
+    shape = (sizes.batch, sizes.chunks, sizes.channels, sizes.states)
+    return u.new_empty(shape, dtype=torch.float32)
+
+
+def _enter_chunks(
+    sizes: _Sizes,
+    delta: Tensor,
+    delta_bias: Tensor | None,
+    x: Tensor,
+    weight: Tensor,
+    A: Tensor,
+    states: Tensor,
+    delta_softplus: bool,
+    *,
+    reverse: bool,
+) -> None:
+    """Fill `states` with what enters each chunk; what enters the first one, zero, stays unset."""
+    if sizes.chunks == 1:
+        return
+    shape = _tuning.ends
+    blocks = triton.cdiv(sizes.channels // sizes.groups, shape.rows)
+    ends = torch.empty_like(states)
+    spans = ends.new_empty(ends.shape[:3])
+    _chunk_ends_kernel[(blocks * sizes.chunks * sizes.groups * sizes.batch,)](
+        delta,
+        delta_bias,
+        x,
+        weight,
+        A,
+        ends,
+        spans,
+        sizes.length,
+        sizes.channels,
+        sizes.groups,
+        sizes.states,
+        sizes.chunks,
+        blocks,
+        SOFTPLUS=delta_softplus,
+        REVERSE=reverse,
+        ROWS=shape.rows,
+        LANES=shape.lanes,
+        STEPS=shape.steps,
+        num_warps=shape.warps,
+    )
+    width, depth = (32, 4) if _INTERPRETED else (64, 16)
+    _carry_kernel[(triton.cdiv(sizes.channels * sizes.states, width), sizes.batch)](
+        ends,
+        spans,
+        A,
+        states,
+        sizes.channels,
+        sizes.states,
+        sizes.chunks,
+        REVERSE=reverse,
+        WIDTH=width,
+        DEPTH=depth,
+        num_warps=2,
+    )
+
+
+def _contiguous(x: Tensor | None) -> Tensor | None:
+    return None if x is None else x.contiguous()
+
+
+def _device(x: Tensor) -> contextlib.AbstractContextManager:
+    """Triton launches on the current device: make it x's."""
+    return torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext()

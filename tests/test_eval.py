@@ -1,0 +1,365 @@
+"""eval.py and eval_vision.py on drawn scenes: what they write, print and refuse."""
+
+import importlib
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+import torch
+
+from configs import dump_config, load_config
+from engine.checkpoint import save_checkpoint
+from engine.results import UNDEFINED
+from models import build_model
+from utils.cli import run_main
+from utils.image import read_label, read_rgb
+from utils.run_folder import RunFolder
+
+ROOT = Path(__file__).resolve().parents[1]
+SCORES = (
+    "miou", "miou_without_background", "pixel_accuracy", "mean_accuracy", "classes_in_mean",
+    "frequency_weighted_iou", "class_iou", "class_accuracy", "images",
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def networks(demo_dataset):
+    """Two demo networks of one random start; the second never answers background."""
+    torch.manual_seed(3)
+    model = build_model(load_config("demo", ["train.crop=[64,96]"]))
+    tensors = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    *_, bias = (name for name in tensors if name.startswith("segmentation_head"))
+    assert tensors[bias].shape == (5,)
+    changed = {**tensors, bias: tensors[bias] - torch.tensor([1e3, 0, 0, 0, 0])}
+    return model, tensors, changed
+
+
+@pytest.fixture
+def run(networks, demo_config, tmp_path):
+    """A run folder with epoch-5.pth, epoch-10.pth and best.pth, and its config as a file."""
+    model, first, second = networks
+    folder = RunFolder(demo_config)
+    paths = {folder.epoch_checkpoint(5): first, folder.epoch_checkpoint(10): second,
+             folder.best_checkpoint: first}  # fmt: skip
+    for path, tensors in paths.items():
+        model.load_state_dict(tensors)
+        save_checkpoint(path, model=model, config=demo_config, epoch=5, step=20)
+    (tmp_path / "demo.yaml").write_text(dump_config(demo_config))
+    return folder
+
+
+def call(script: str, run: RunFolder, monkeypatch, *arguments: str) -> None:
+    config = run.path.parents[2] / "demo.yaml"
+    monkeypatch.setattr(sys, "argv", [f"{script}.py", "-n", str(config), "-d", "cpu", *arguments])
+    importlib.import_module(script).main()
+
+
+def refused(script: str, run: RunFolder, monkeypatch, capsys, *arguments: str) -> str:
+    """The one line of an ending with code 2."""
+    with pytest.raises(SystemExit) as stop:
+        run_main(lambda: call(script, run, monkeypatch, *arguments))
+    assert stop.value.code == 2
+    line = capsys.readouterr().err
+    assert line.startswith("error: ")
+    assert line.count("\n") == 1
+    return line
+
+
+def read_json(path: Path):
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def stems(folder: Path) -> list[str]:
+    return sorted(path.stem for path in folder.glob("*.png"))
+
+
+def listed(demo_dataset: Path, split: str = "test") -> list[str]:
+    return sorted((demo_dataset / f"{split}.txt").read_text().split())
+
+
+def test_eval_writes_json_table_and_pictures(run, demo_dataset, demo_config, monkeypatch, capsys):
+    call("eval", run, monkeypatch, "-e", "best", "--note", "drawn scenes")
+    folder = run.eval_folder("best")
+    assert {path.name for path in folder.iterdir()} == {
+        "eval.json", "table.md", "segmentation", "color", "overlay",
+    }  # fmt: skip
+    result = read_json(folder / "eval.json")
+    assert set(SCORES) <= result.keys()
+    assert tuple(result["class_iou"]) == demo_config.data.class_names
+    assert result["images"] == 2
+    assert result["checkpoint"] == run.best_checkpoint.as_posix()
+    assert len(result["checkpoint_sha256"]) == 64
+    assert result["text_prior"].startswith("orthogonal")
+    for part in ("whole image", "scale 1,", "not mirrored", "trained on train,", "both", "on test"):
+        assert part in result["protocol"]
+    assert result["train_on_val"] is False
+    table = (folder / "table.md").read_text(encoding="utf-8")
+    assert "orthogonal" in table
+    assert "drawn scenes" in table
+    assert f"{100 * result['miou']:.2f}" in table
+    assert table in capsys.readouterr().out
+    for name in ("segmentation", "color", "overlay"):
+        assert stems(folder / name) == listed(demo_dataset)
+
+
+def test_eval_scores_the_pictures_that_it_writes(run, demo_dataset, demo_config, monkeypatch):
+    """IoU from the written class indices and the labels on disk is that of eval.json."""
+    call("eval", run, monkeypatch, "-e", "10")
+    folder = run.eval_folder("epoch-10")
+    names = listed(demo_dataset)
+    found = np.stack([read_label(folder / "segmentation" / f"{name}.png") for name in names])
+    label = np.stack([read_label(demo_dataset / "Label" / f"{name}.png") for name in names])
+    assert found.shape[1:] == (64, 96)
+    result = read_json(folder / "eval.json")
+    for index, name in enumerate(demo_config.data.class_names):
+        union = ((found == index) | (label == index)) & (label != 255)
+        both = (found == index) & (label == index)
+        expected = both.sum() / union.sum() if union.any() else None
+        assert result["class_iou"][name] == (expected and pytest.approx(expected)), name
+    defined = [iou for iou in result["class_iou"].values() if iou is not None]
+    assert result["miou"] == pytest.approx(sum(defined) / len(defined))
+    assert result["classes_in_mean"] == len(defined)
+
+
+def test_pictures_have_the_palette_and_leave_class_0_bare(
+    run, demo_dataset, demo_config, monkeypatch
+):
+    call("eval", run, monkeypatch, "-e", "best")
+    folder, name = run.eval_folder("best"), listed(demo_dataset)[0]
+    segmentation = read_label(folder / "segmentation" / f"{name}.png")
+    color, cover = (read_rgb(folder / kind / f"{name}.png") for kind in ("color", "overlay"))
+    rgb = read_rgb(demo_dataset / "RGB" / f"{name}.png")
+    assert (color == np.array(demo_config.data.palette, np.uint8)[segmentation]).all()
+    expected = np.where(segmentation[..., None] == 0, rgb, (rgb / 2 + color / 2).round())
+    assert np.abs(cover - expected).max() <= 1
+
+
+def test_several_checkpoints_give_a_summary(run, monkeypatch, capsys):
+    call("eval", run, monkeypatch, "-e", "5-", "--tables-only")
+    printed = capsys.readouterr().out
+    summary = (run.path / "eval" / "summary.md").read_text(encoding="utf-8")
+    assert summary in printed
+    for name in ("epoch-5", "epoch-10"):
+        folder = run.eval_folder(name)
+        assert {path.name for path in folder.iterdir()} == {"eval.json", "table.md"}
+        row = next(line for line in summary.splitlines() if line.startswith(f"| {name} "))
+        assert f"{100 * read_json(folder / 'eval.json')['miou']:.2f}" in row
+    first, second = (read_json(run.eval_folder(f"epoch-{n}") / "eval.json") for n in (5, 10))
+    assert first["class_iou"]["background"] != second["class_iou"]["background"]
+    assert second["class_iou"]["background"] == 0, "the second network never answers it"
+
+
+def test_another_split_does_not_replace_the_results_of_test(run, demo_dataset, monkeypatch):
+    call("eval", run, monkeypatch, "-e", "best", "--split", "val")
+    assert not run.eval_folder("best").exists()
+    folder = run.eval_folder("best-val")
+    assert stems(folder / "color") == listed(demo_dataset, "val")
+    assert "on val" in read_json(folder / "eval.json")["protocol"]
+
+
+def test_windows_scales_and_mirroring_are_in_the_protocol(run, monkeypatch):
+    options = ["eval.crop=[32,64]", "eval.scales=[1,1.5]", "eval.flip=true"]
+    call("eval", run, monkeypatch, "--tables-only", "--set", *options)
+    result = read_json(run.eval_folder("best") / "eval.json")
+    assert "window 32x64, stride 0.667, scales 1 1.5, with mirrored" in result["protocol"]
+    call("eval", run, monkeypatch, "--tables-only")
+    assert read_json(run.eval_folder("best") / "eval.json")["class_iou"] != result["class_iou"]
+
+
+@pytest.mark.parametrize("from_lists", [True, False])
+def test_day_and_night(run, demo_dataset, tmp_path, monkeypatch, from_lists):
+    data = tmp_path / "data"
+    shutil.copytree(demo_dataset, data)
+    for part in ("day", "night"):
+        (data / f"test_{part}.txt").unlink(missing_ok=True)
+    names = [*listed(demo_dataset), *listed(demo_dataset, "val")]
+    if from_lists:
+        (data / "test_day.txt").write_text("\n".join(names[:3]))
+        (data / "test_night.txt").write_text(names[3])
+        counts = {"day": 3, "night": 1}
+    else:
+        counts = {part: sum(name.endswith(letter) for name in names)
+                  for part, letter in (("day", "D"), ("night", "N"))}  # fmt: skip
+    (data / "test.txt").write_text("\n".join(names))
+    call("eval", run, monkeypatch, "--tables-only", "--set", f"data.dataset_path={data}")
+    result = read_json(run.eval_folder("best") / "eval.json")
+    for part, count in counts.items():
+        if count:
+            assert result[part]["images"] == count
+            assert set(SCORES) <= result[part].keys()
+        else:
+            assert part not in result
+    assert result["images"] == 4
+    header = (run.eval_folder("best") / "table.md").read_text(encoding="utf-8")
+    assert "| all" in header
+    assert all(("| " + part in header) == bool(count) for part, count in counts.items())
+
+
+def test_an_undefined_class_is_null_in_json_and_a_dash_in_the_table(
+    run, demo_dataset, tmp_path, monkeypatch
+):
+    """Labels and answers without background: it is neither scored nor in the mean."""
+    data = tmp_path / "data"
+    shutil.copytree(demo_dataset, data)
+    for path in (data / "Label").iterdir():
+        label = read_label(path)
+        label[label == 0] = 255
+        cv2.imwrite(str(path), label)
+    options = ["--tables-only", "--set", f"data.dataset_path={data}"]
+    call("eval", run, monkeypatch, "-e", "10", *options)
+    folder = run.eval_folder("epoch-10")
+    result = read_json(folder / "eval.json")
+    assert result["class_iou"]["background"] is None
+    lines = (folder / "table.md").read_text(encoding="utf-8").splitlines()
+    row = next(line for line in lines if line.startswith("| IoU background"))
+    assert row.split("|")[2].strip() == UNDEFINED
+    row = next(line for line in lines if line.startswith("| classes in the mIoU"))
+    assert row.split("|")[2].strip() == str(result["classes_in_mean"])
+    assert result["classes_in_mean"] <= 4
+
+
+def test_vision_writes_fused_images_metrics_and_sheet(run, demo_dataset, monkeypatch, capsys):
+    call("eval_vision", run, monkeypatch, "-e", "best")
+    folder, names = run.vision_folder("best"), listed(demo_dataset)
+    assert {path.name for path in folder.iterdir()} == {
+        "fused", "vision.json", "table.md", "sheet.png",
+    }  # fmt: skip
+    assert stems(folder / "fused") == names
+    assert read_rgb(folder / "fused" / f"{names[0]}.png").shape == (64, 96, 3)
+    result = read_json(folder / "vision.json")
+    assert result["protocol"] == "cddfuse"
+    assert result["text_prior"].startswith("orthogonal")
+    assert sorted(result["images"]) == names
+    assert {"EN", "SD", "MI", "VIF", "SSIM"} <= result["mean"].keys()
+    for metric, mean in result["mean"].items():
+        values = [row[metric] for row in result["images"].values()]
+        assert mean == pytest.approx(sum(values) / len(values)), metric
+    printed = capsys.readouterr().out
+    assert f"{result['mean']['EN']:.4f}" in printed
+    assert f"{result['images'][names[1]]['EN']:.4f}" in (folder / "table.md").read_text("utf-8")
+    sheet = read_rgb(folder / "sheet.png")
+    assert sheet.shape[1] > 4 * 200
+    assert sheet.shape[0] > 2 * 200
+
+
+def test_vision_metrics_are_of_the_png(run, demo_dataset, monkeypatch):
+    """Entropy from the written file is that of vision.json."""
+    call("eval_vision", run, monkeypatch)
+    folder, name = run.vision_folder("best"), listed(demo_dataset)[0]
+    grey = cv2.cvtColor(cv2.imread(str(folder / "fused" / f"{name}.png")), cv2.COLOR_BGR2GRAY)
+    share = np.bincount(grey.ravel(), minlength=256) / grey.size
+    entropy = -(share[share > 0] * np.log2(share[share > 0])).sum()
+    found = read_json(folder / "vision.json")["images"][name]
+    assert found["EN"] == pytest.approx(entropy, abs=1e-6)
+    assert found["SD"] == pytest.approx(grey.std(), abs=1e-6)
+
+
+@pytest.fixture
+def unlabelled(demo_dataset, tmp_path) -> Path:
+    """Three pairs of different odd sizes, one a JPEG, without labels."""
+    data = tmp_path / "data"
+    for name, (height, width), suffix in [
+        ("road", (45, 61), ".jpg"), ("hall", (33, 70), ".png"), ("yard", (64, 32), ".png"),
+    ]:  # fmt: skip
+        for folder in ("RGB", "Modal"):
+            source = next((demo_dataset / folder).iterdir())
+            image = cv2.resize(cv2.imread(str(source)), (width, height))
+            (data / folder).mkdir(parents=True, exist_ok=True)
+            cv2.imwrite(str(data / folder / f"{name}{suffix}"), image)
+    (data / "test.txt").write_text("road\nhall\nyard\n")
+    return data
+
+
+def test_vision_takes_odd_sizes_and_no_labels(run, unlabelled, monkeypatch):
+    call("eval_vision", run, monkeypatch, "--set", f"data.dataset_path={unlabelled}")
+    folder = run.vision_folder("best")
+    sizes = {
+        name: read_rgb(folder / "fused" / f"{name}.png").shape[:2]
+        for name in stems(folder / "fused")
+    }
+    assert sizes == {"road": (45, 61), "hall": (33, 70), "yard": (64, 32)}
+    assert read_json(folder / "vision.json")["images"].keys() == sizes.keys()
+
+
+def test_vision_summary(run, monkeypatch, capsys):
+    call("eval_vision", run, monkeypatch, "-e", "5-10")
+    summary = (run.path / "vision" / "summary.md").read_text(encoding="utf-8")
+    assert summary in capsys.readouterr().out
+    assert [line[:10] for line in summary.splitlines() if "epoch" in line] == [
+        "| epoch-5 ", "| epoch-10",
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("count", "expected"),
+    [(3, "abc"), (4, "abcd"), (12, "abcdefghijkl"), (23, "acegikmoqsuw")],
+)
+def test_the_sheet_spreads_over_the_list(count, expected):
+    names = list("abcdefghijklmnopqrstuvwxyz"[:count])
+    picked = importlib.import_module("eval_vision").evenly_picked(names, 12)
+    assert "".join(picked) == expected
+
+
+def test_eval_needs_labels(run, unlabelled, monkeypatch, capsys):
+    line = refused("eval", run, monkeypatch, capsys, "--set", f"data.dataset_path={unlabelled}")
+    assert "Label" in line
+
+
+@pytest.mark.parametrize("script", ["eval", "eval_vision"])
+class TestRefused:
+    def test_another_class_count(self, script, run, monkeypatch, capsys):
+        options = ["data.name=Other", f"experiment_path={run.path}",
+                   "data.class_names=[a,b]", "data.palette=[[0,0,0],[1,1,1]]"]  # fmt: skip
+        line = refused(
+            script, run, monkeypatch, capsys, "-e", str(run.best_checkpoint), "--set", *options
+        )
+        assert "Demo with 5 classes" in line
+        assert "Other has 2" in line
+
+    def test_truncated_checkpoint(self, script, run, monkeypatch, capsys):
+        path = run.best_checkpoint
+        path.write_bytes(path.read_bytes()[:-1000])
+        assert str(path) in refused(script, run, monkeypatch, capsys, "-e", "best")
+
+    def test_missing_checkpoint_lists_what_there_is(self, script, run, monkeypatch, capsys):
+        line = refused(script, run, monkeypatch, capsys, "-e", "7")
+        assert "epoch-5, epoch-10, best" in line
+
+    def test_unreadable_image_keeps_what_was_written(
+        self, script, run, demo_dataset, tmp_path, monkeypatch, capsys
+    ):
+        data = tmp_path / "data"
+        shutil.copytree(demo_dataset, data)
+        name = (data / "test.txt").read_text().split()[-1]
+        (data / "RGB" / f"{name}.png").write_bytes(b"\x89PNG no image")
+        options = [f"data.dataset_path={data}", "eval.batch_size=1"]
+        line = refused(script, run, monkeypatch, capsys, "--set", *options)
+        assert f"{name}.png" in line
+        written = [p for p in run.path.rglob("*.png") if p.parent.name in ("color", "fused")]
+        assert [path.stem for path in written] == (data / "test.txt").read_text().split()[:-1]
+
+
+def test_two_ranks_give_the_same_as_one(run, demo_dataset, tmp_path, monkeypatch):
+    call("eval", run, monkeypatch, "-e", "10")
+    folder = run.eval_folder("epoch-10")
+    expected = read_json(folder / "eval.json")
+    shutil.rmtree(folder)
+    command = [
+        sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
+        "eval.py", "-n", str(tmp_path / "demo.yaml"), "-d", "cpu", "-e", "10",
+    ]  # fmt: skip
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    result = subprocess.run(
+        command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False
+    )
+    assert result.returncode == 0, result.stderr[-2000:]
+    assert result.stdout.count("# Segmentation") == 1
+    assert stems(folder / "color") == listed(demo_dataset)
+    found = read_json(folder / "eval.json")
+    assert {key: found[key] for key in SCORES} == {key: expected[key] for key in SCORES}

@@ -1,0 +1,186 @@
+"""predict.py: files and folders, odd sizes, windows, and what it refuses."""
+
+import sys
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+import torch
+
+import predict as script
+from configs import load_config
+from engine.checkpoint import load_model, save_checkpoint
+from engine.inference import pair_to_tensors, predict
+from models import build_model
+from utils.cli import run_main
+from utils.errors import InputError
+from utils.image import read_label, read_rgb, read_thermal, to_uint8, write_png
+
+KINDS = ("fused", "segmentation", "color", "overlay")
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory) -> Path:
+    torch.manual_seed(3)
+    config = load_config("demo", ["train.crop=[64,96]"])
+    path = tmp_path_factory.mktemp("checkpoint") / "best.pth"
+    save_checkpoint(path, model=build_model(config), config=config, epoch=1, step=1)
+    return path
+
+
+@pytest.fixture
+def folders(tmp_path) -> tuple[Path, Path]:
+    """Three pairs of different sizes and suffixes, and one image without a partner on each side."""
+    rgb, thermal = tmp_path / "rgb", tmp_path / "thermal"
+    for name, hw in (("a", (45, 61)), ("b", (32, 32)), ("c", (64, 96)), ("lonely", (32, 32))):
+        write_png(rgb / f"{name}.png", texture(*hw, 3))
+    for name, hw in (("a", (45, 61)), ("b", (32, 32)), ("c", (64, 96)), ("spare", (32, 32))):
+        thermal.mkdir(exist_ok=True)
+        cv2.imwrite(str(thermal / f"{name}.bmp"), texture(*hw))
+    (rgb / "notes.txt").write_text("no image")
+    return rgb, thermal
+
+
+def texture(height: int, width: int, *channels: int) -> np.ndarray:
+    return np.random.default_rng(height).integers(0, 256, (height, width, *channels), np.uint8)
+
+
+def call(monkeypatch, rgb: Path, thermal: Path, checkpoint: Path, out: Path, *more: str) -> None:
+    arguments = ["--rgb", rgb, "--thermal", thermal, "--checkpoint", checkpoint, "--out", out]
+    monkeypatch.setattr(sys, "argv", ["predict.py", *map(str, arguments), "-d", "cpu", *more])
+    script.main()
+
+
+def refused(monkeypatch, capsys, *arguments) -> str:
+    """The one line of an ending with code 2."""
+    with pytest.raises(SystemExit) as stop:
+        run_main(lambda: call(monkeypatch, *arguments))
+    assert stop.value.code == 2
+    lines = capsys.readouterr().err.splitlines()
+    assert [line.startswith("error: ") for line in lines] == [True]
+    return lines[0]
+
+
+def test_one_pair_gives_what_predict_gives(monkeypatch, capsys, folders, checkpoint, tmp_path):
+    rgb_file, thermal_file = folders[0] / "a.png", folders[1] / "a.bmp"
+    call(monkeypatch, rgb_file, thermal_file, checkpoint, tmp_path / "out")
+    model, config = load_model(checkpoint, device="cpu")
+    rgb, thermal = read_rgb(rgb_file), read_thermal(thermal_file)
+    expected = predict(model, *pair_to_tensors(rgb, thermal))
+    fused, segmentation, color, overlay = (
+        read(tmp_path / "out" / kind / "a.png")
+        for read, kind in zip((read_rgb, read_label, read_rgb, read_rgb), KINDS, strict=True)
+    )
+    assert (fused == to_uint8(expected.fused[0])).all()
+    assert (segmentation == expected.segmentation[0].numpy()).all()
+    assert (color == np.array(config.data.palette)[segmentation]).all()
+    assert (overlay[segmentation == 0] == rgb[segmentation == 0]).all()
+    assert "1 pairs" in capsys.readouterr().out
+
+
+def test_folders_are_paired_by_stem(monkeypatch, capsys, folders, checkpoint, tmp_path):
+    call(monkeypatch, *folders, checkpoint, tmp_path / "out")
+    for kind in KINDS:
+        sizes = {
+            path.name: cv2.imread(str(path)).shape[:2]
+            for path in (tmp_path / "out" / kind).iterdir()
+        }
+        assert sizes == {"a.png": (45, 61), "b.png": (32, 32), "c.png": (64, 96)}
+    printed = capsys.readouterr().out
+    assert "lonely, spare" in printed
+    assert "images/s" in printed
+
+
+def test_tile_is_the_window_of_the_config(monkeypatch, folders, checkpoint, tmp_path):
+    pair = folders[0] / "c.png", folders[1] / "c.bmp"
+    options = {
+        "whole": [],
+        "covering": ["--tile", "64", "200"],
+        "tiled": ["--tile", "32", "64"],
+        "set": ["--set", "eval.crop=[32,64]"],
+    }
+    fused = {}
+    for name, more in options.items():
+        call(monkeypatch, *pair, checkpoint, tmp_path / name, *more)
+        fused[name] = read_rgb(tmp_path / name / "fused" / "c.png").astype(int)
+    assert (fused["covering"] == fused["whole"]).all()
+    assert (fused["tiled"] != fused["whole"]).any()
+    assert (fused["tiled"] == fused["set"]).all()
+
+
+def test_16_bit_thermal_is_converted(monkeypatch, folders, checkpoint, tmp_path):
+    path = tmp_path / "deep.png"
+    deep = texture(45, 61).astype(np.uint16) * 100 + 7000
+    cv2.imwrite(str(path), deep)
+    call(monkeypatch, folders[0] / "a.png", path, checkpoint, tmp_path / "out")
+    assert read_rgb(tmp_path / "out" / "fused" / "a.png").shape == (45, 61, 3)
+
+
+@pytest.mark.parametrize("modality", ["rgb", "thermal"])
+def test_a_network_of_one_modality_does_not_see_the_other(
+    monkeypatch, folders, checkpoint, tmp_path, modality
+):
+    rgb, thermal = folders[0] / "a.png", folders[1] / "a.bmp"
+    other = tmp_path / "a.png"
+    write_png(other, 255 - texture(45, 61))
+    results = []
+    for index, pair in enumerate([(rgb, thermal), (rgb, other), (other, thermal)]):
+        out = tmp_path / f"out{index}"
+        call(monkeypatch, *pair, checkpoint, out, "--set", f"data.modalities={modality}")
+        results.append(read_rgb(out / "fused" / "a.png"))
+    has_changed = [(result != results[0]).any() for result in results]
+    assert has_changed == [False, modality == "thermal", modality == "rgb"]
+
+
+def test_different_sizes_are_refused(monkeypatch, capsys, folders, checkpoint, tmp_path):
+    pair = folders[0] / "a.png", folders[1] / "c.bmp"
+    line = refused(monkeypatch, capsys, *pair, checkpoint, tmp_path / "out")
+    assert all(part in line for part in ("a.png", "c.bmp", "61x45", "96x64"))
+
+
+def test_an_unreadable_image_leaves_what_was_written(
+    monkeypatch, capsys, folders, checkpoint, tmp_path
+):
+    (folders[1] / "c.bmp").write_bytes(b"")
+    line = refused(monkeypatch, capsys, *folders, checkpoint, tmp_path / "out")
+    assert "c.bmp" in line
+    assert sorted(path.name for path in (tmp_path / "out" / "overlay").iterdir()) == [
+        "a.png",
+        "b.png",
+    ]
+
+
+def test_too_small_an_image_is_refused(monkeypatch, capsys, checkpoint, tmp_path):
+    write_png(tmp_path / "small.png", texture(31, 64))
+    pair = tmp_path / "small.png", tmp_path / "small.png"
+    line = refused(monkeypatch, capsys, *pair, checkpoint, tmp_path / "out")
+    assert "small.png" in line
+    assert "32x32" in line
+
+
+def test_a_truncated_checkpoint_is_refused(monkeypatch, capsys, folders, checkpoint, tmp_path):
+    bad = tmp_path / "bad.pth"
+    bad.write_bytes(checkpoint.read_bytes()[:5000])
+    assert "bad.pth" in refused(monkeypatch, capsys, *folders, bad, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_pairs_that_cannot_be_are_refused(folders, tmp_path):
+    rgb, thermal = folders
+    with pytest.raises(InputError, match="nowhere does not exist"):
+        script.find_pairs(tmp_path / "nowhere", thermal)
+    with pytest.raises(InputError, match="two files or two folders"):
+        script.find_pairs(rgb / "a.png", thermal)
+    for path in thermal.iterdir():
+        path.rename(path.with_stem(f"{path.stem}_ir"))
+    with pytest.raises(InputError, match="4 images .* 4, but no name is in both"):
+        script.find_pairs(rgb, thermal)
+    (rgb / "a.jpg").touch()
+    with pytest.raises(InputError, match=r"a\.jpg and a\.png"):
+        script.find_pairs(rgb, thermal)
+
+
+@pytest.mark.parametrize("tile", [["16", "64"], ["64"]])
+def test_a_wrong_tile_is_refused(monkeypatch, capsys, folders, checkpoint, tmp_path, tile):
+    refused(monkeypatch, capsys, *folders, checkpoint, tmp_path / "out", "--tile", *tile)
