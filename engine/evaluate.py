@@ -44,10 +44,9 @@ def evaluate_segmentation(
         groups: names of parts of the split (day, night) and the stems in each.
         on_prediction: called with each of this rank's batches.
     Returns:
-        The same on every rank, shares in [0, 1], None where undefined (the class occurs neither
-        in labels nor in predictions): miou, miou_without_background, classes_in_mean,
-        pixel_accuracy, mean_accuracy, frequency_weighted_iou, class_iou and class_accuracy by
-        class name, images; and for each group, under its name, the same again.
+        The same on every rank: what ConfusionMatrix.compute() gives, with class_iou and
+        class_accuracy by class name, and the number of images; and for each group, under its
+        name, the same again.
     """
     whole, parts = "", dict(groups or {})
     matrices = {
@@ -117,6 +116,14 @@ def _predictions(
         except InputError as error:
             raise InputError(f"{', '.join(batch.name)}: {error}") from error
         yield batch, prediction
+
+
+def _by_class_name(scores: dict[str, Any], config: Config) -> dict[str, Any]:
+    named = {
+        key: dict(zip(config.data.class_names, scores[key], strict=True))
+        for key in ("class_iou", "class_accuracy")
+    }
+    return {**scores, **named}
 
 
 def _to_bytes(images: Tensor) -> Tensor:

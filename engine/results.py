@@ -91,8 +91,8 @@ def describe_scoring(result: Mapping[str, Any], config: Config) -> str:
     return (
         f"{describe_inference(config.eval)}; trained on {lists}, scored on {result['split']}; "
         f"modalities: {result['modalities']}; one confusion matrix over the split at the labels' "
-        f"own size, 255 left out, class 0 {background}; a class that occurs neither in labels nor "
-        f"in predictions is left out of the mean"
+        f"own size, 255 left out, class 0 {background}; classes without a labelled pixel are left "
+        f"out of the mean"
     )
 
 

@@ -64,7 +64,7 @@ def test_importing_everything_has_no_effect():
     modules = [
         str(p.relative_to(ROOT).with_suffix("")).replace("/", ".").removesuffix(".__init__")
         for p in source_files()
-        if p.stem not in {"triton"}
+        if p.stem not in {"triton", "kernels"}  # only where Triton is installed
     ]
     scripts = [p.stem for p in ROOT.glob("*.py")]
     code = f"""

@@ -1,6 +1,7 @@
 """Checks the arguments of the selective scan and hands them to a backend."""
 
 import functools
+import importlib.util
 import logging
 from typing import Literal, get_args
 
@@ -46,23 +47,36 @@ def selective_scan(
         RuntimeError: a backend asked for by name cannot run here.
     """
     _check(u, delta, A, B, C, D, delta_bias)
-    return _implementation(backend, u.device.type)(u, delta, A, B, C, D, delta_bias, delta_softplus)
+    scan = _implementation(backend, u.device.type, u.dtype == torch.float64)
+    return scan(u, delta, A, B, C, D, delta_bias, delta_softplus)
 
 
 @functools.lru_cache(maxsize=16)  # so that "auto" says once per device what it chose
-def _implementation(backend: str, device_type: str):
+def _implementation(backend: str, device_type: str, is_float64: bool):
     if backend == "auto":
-        backend = "chunked"
+        has_triton = importlib.util.find_spec("triton") is not None
+        is_gpu = device_type == "cuda" and has_triton and not is_float64
+        backend = "triton" if is_gpu else "chunked"
         log.info("selective scan on %s: backend %s", device_type, backend)
     if backend == "reference":
         return selective_scan_reference
     if backend == "chunked":
         return selective_scan_chunked
+    if backend == "triton":
+        return _triton()
     if backend == "mamba_ssm":
         return _mamba_ssm(device_type)
-    if backend == "triton":
-        raise RuntimeError("scan backend 'triton' is not built yet; use 'auto' or 'chunked'")
     raise ValueError(f"unknown scan backend '{backend}'; known: {', '.join(BACKENDS)}")
+
+
+def _triton():
+    try:
+        from models.ops.selective_scan.triton import selective_scan_triton
+    except ImportError as error:
+        raise RuntimeError(
+            "scan backend 'triton' needs the package triton, which comes with PyTorch on Linux"
+        ) from error
+    return selective_scan_triton
 
 
 def _mamba_ssm(device_type: str):
