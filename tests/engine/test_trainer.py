@@ -79,7 +79,14 @@ def no_validation(monkeypatch):
     monkeypatch.setattr(trainer, "evaluate_segmentation", lambda *_, **__: scores)
 
 
-def run(config: Config, exp: str = "exp", *, resume: bool = False, build=build_small) -> int:
+def run(
+    config: Config,
+    exp: str = "exp",
+    *,
+    resume: bool = False,
+    build=build_small,
+    devices: Devices = CPU,
+) -> int:
     """What train.py does between its arguments and its exit code."""
     folder = RunFolder(config, exp)
     resume_from = starting_point(folder, resume=resume)
@@ -90,7 +97,7 @@ def run(config: Config, exp: str = "exp", *, resume: bool = False, build=build_s
         build_train_loader(config),
         build_eval_loader(config, "val"),
         folder=folder,
-        devices=CPU,
+        devices=devices,
         resume_from=resume_from,
     )
 
@@ -357,6 +364,24 @@ def test_autocast_trains(configure, no_validation, precision, build):
     saved = load_checkpoint(RunFolder(config).last_checkpoint)
     assert all(t.dtype == torch.float32 for t in saved.model.values() if t.is_floating_point())
     assert bool(saved.training_state["scaler"]) == (precision == "fp16")
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("precision", ["float32", "bf16", "fp16"])
+def test_on_a_gpu_a_run_stops_and_goes_on(configure, monkeypatch, precision):
+    config = configure("train.max_steps=6", f"train.precision={precision}")
+    on_gpu = {"build": build_model, "devices": Devices(torch.device("cuda", 0), 0, 0, 1)}
+    with monkeypatch.context() as patch:
+        change_loss(patch, kill_at(3, signal.SIGTERM))
+        assert run(config, **on_gpu) == signal.SIGTERM
+    assert run(config, resume=True, **on_gpu) == 0
+    saved = load_checkpoint(RunFolder(config).last_checkpoint)
+    moments = saved.training_state["optimizer"]["state"].values()
+    assert {float(m["step"]) for m in moments} <= {4.0, 5.0, 6.0}  # fp16 may have skipped some
+    assert all(t.isfinite().all() for m in moments for t in m.values())
+    assert "cuda" in saved.training_state["rng"][0]
+    assert [line["step"] for line in metrics_of(config)] == [1, 2, 3, 4, 5, 6]
 
 
 def touch_checkpoints(config: Config, *names: str) -> RunFolder:

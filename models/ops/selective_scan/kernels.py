@@ -275,7 +275,10 @@ def _carry_kernel(
     WIDTH: tl.constexpr,
     DEPTH: tl.constexpr,
 ):
-    """The state that enters each chunk but the first (REVERSE: the gradient, but the last)."""
+    """The state that enters each chunk but the first (REVERSE: the gradient, but the last).
+
+    ends (batch, chunks, channels, N) -> states (batch, chunks - 1, channels, N).
+    """
     index = tl.program_id(0) * WIDTH + tl.arange(0, WIDTH)  # channel · N + n
     valid = index < channels * N
     batch = tl.program_id(1).to(tl.int64)
@@ -286,17 +289,17 @@ def _carry_kernel(
         position = first + depth
         inside = (position < chunks) & valid[None, :]
         chunk = position
-        following = position + 1
+        border = position
         if REVERSE:
             chunk = chunks - 1 - position
-            following = chunk - 1
+            border = chunk - 1
         span_at = (batch * chunks + chunk) * channels + (index // N)[None, :]
         end_at = (batch * chunks + chunk) * channels * N + index[None, :]
         decay = tl.exp2(tl.load(spans + span_at, mask=inside, other=0.0) * rate[None, :])
         end = tl.load(ends + end_at, mask=inside, other=0.0)
         decay, end = tl.associative_scan((decay, end), 0, _then)
         state = decay * carry[None, :] + end
-        state_at = (batch * chunks + following) * channels * N + index[None, :]
+        state_at = (batch * (chunks - 1) + border) * channels * N + index[None, :]
         tl.store(states + state_at, state, mask=inside & (position < chunks - 1))
         carry = tl.sum(tl.where(depth == DEPTH - 1, state, 0.0), 0)
 
@@ -354,7 +357,7 @@ def _output_kernel(
     lane = tl.arange(0, LANES)
     B += (batch * groups + group).to(tl.int64) * N * length
     C += (batch * groups + group).to(tl.int64) * N * length
-    states += (batch * chunks).to(tl.int64) * channels * N
+    states += (batch * (chunks - 1)).to(tl.int64) * channels * N
 
     for tile in range(first_tile, last_tile):
         token = tile * TILE + lane * STEPS
@@ -371,10 +374,10 @@ def _output_kernel(
         dt = tl.reshape(dt, [ROWS, LANES, STEPS])
         out = tl.reshape(out, [ROWS, LANES, STEPS])
         span = tl.sum(dt, 2)
-        first_chunk = tile * (TILE // CHUNK)
+        border = tile * (TILE // CHUNK) - 1
         for n in range(N):
             rate = tl.load(A + row * N + n, mask=valid, other=0.0).to(tl.float32) * LOG2_E
-            at = (first_chunk * channels + row).to(tl.int64) * N + n
+            at = (border * channels + row).to(tl.int64) * N + n
             carry = tl.load(states + at, mask=valid & (tile > 0), other=0.0)
             matrix_at = n * length
             b = _load(B + matrix_at, token * 0, token, length, token < length, STEPS)
@@ -386,9 +389,9 @@ def _output_kernel(
             inherited, state = _states(decay, x, entering)
             out += state * c[None]
             if STREAM:
-                chunk = first_chunk + (lane + 1) * STEPS // CHUNK
-                is_border = ((lane + 1) * STEPS % CHUNK == 0) & (chunk < chunks)
-                at = (chunk.to(tl.int64)[None, :] * channels + row[:, None]) * N + n
+                left = border + (lane + 1) * STEPS // CHUNK
+                is_border = ((lane + 1) * STEPS % CHUNK == 0) & (left < chunks - 1)
+                at = (left.to(tl.int64)[None, :] * channels + row[:, None]) * N + n
                 tl.store(states + at, leaving, mask=valid[:, None] & is_border[None, :])
         out = tl.reshape(out, [ROWS * LANES, STEPS])
         _store(y, out, pair_start, pair_token, length, pair_valid, STEPS)
@@ -443,6 +446,7 @@ def _gradient_kernel(
     token = (chunk * LANES + lane) * STEPS
     pair_token = (chunk * LANES + pair % LANES) * STEPS
     chunk_at = (batch * chunks + chunk).to(tl.int64) * channels
+    border_at = (batch * (chunks - 1) + chunk).to(tl.int64) * channels
     matrices = (batch * groups + group).to(tl.int64) * N * length
     half = batches.to(tl.int64) * groups * N * length
     B += matrices
@@ -472,9 +476,10 @@ def _gradient_kernel(
         is_later = (token < length) & (block > first_block)
         for n in range(N):
             a = tl.load(A + row * N + n, mask=valid, other=0.0).to(tl.float32)
-            state_at = (chunk_at + row) * N + n
-            carry = tl.load(states + state_at, mask=valid & (chunk > 0), other=0.0)
-            late = tl.load(gradients + state_at, mask=valid & (chunk < chunks - 1), other=0.0)
+            late_at = (border_at + row) * N + n
+            late = tl.load(gradients + late_at, mask=valid & (chunk < chunks - 1), other=0.0)
+            carry_at = late_at - channels * N
+            carry = tl.load(states + carry_at, mask=valid & (chunk > 0), other=0.0)
             matrix_at = n * length
             b = _load(B + matrix_at, token * 0, token, length, token < length, STEPS)
             c = _load(C + matrix_at, token * 0, token, length, token < length, STEPS)

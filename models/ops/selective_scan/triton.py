@@ -96,7 +96,7 @@ def _forward(
     delta_bias: Tensor | None,
     delta_softplus: bool,
 ) -> tuple[Tensor, Tensor]:
-    """y (batch, D, L) and the state that enters each chunk (batch, chunks, D, N)."""
+    """y (batch, D, L) and the states at the borders of chunks (batch, chunks - 1, D, N)."""
     u, delta, A, B, C, D, delta_bias = map(_contiguous, (u, delta, A, B, C, D, delta_bias))
     sizes = _sizes(u, A, B)
     y = torch.empty_like(u)
@@ -279,7 +279,8 @@ def _chunk() -> int:
 
 
 def _empty_states(u: Tensor, sizes: _Sizes) -> Tensor:
-    shape = (sizes.batch, sizes.chunks, sizes.channels, sizes.states)
+    borders = max(sizes.chunks - 1, 0)
+    shape = (sizes.batch, borders, sizes.channels, sizes.states)
     return u.new_empty(shape, dtype=torch.float32)
 
 
@@ -295,13 +296,13 @@ def _enter_chunks(
     *,
     reverse: bool,
 ) -> None:
-    """Fill `states` with what enters each chunk; what enters the first one, zero, stays unset."""
+    """Fill `states` with what crosses the borders of chunks."""
     if sizes.chunks == 1:
         return
     shape = _tuning.ends
     blocks = triton.cdiv(sizes.channels // sizes.groups, shape.rows)
-    ends = torch.empty_like(states)
-    spans = ends.new_empty(ends.shape[:3])
+    spans = states.new_empty(sizes.batch, sizes.chunks, sizes.channels)
+    ends = states.new_empty(*spans.shape, sizes.states)
     _chunk_ends_kernel[(blocks * sizes.chunks * sizes.groups * sizes.batch,)](
         delta,
         delta_bias,
