@@ -1,8 +1,9 @@
 """Orthonormal two-dimensional Haar wavelet transform and its exact inverse.
 
-One level is a strided 2x2 convolution per channel, so that it stays differentiable, exports and
-compiles. Band names follow PyWavelets: LH is low-pass along the width and high-pass along the
-height (horizontal edges), HL the other way round.
+One level is a butterfly of sums and differences, first of the rows of every 2x2 block, then of its
+columns. (As a grouped convolution cuDNN would run it one channel after the other.) Band names
+follow PyWavelets: LH is low-pass along the width and high-pass along the height (horizontal edges),
+HL the other way round.
 """
 
 import torch
@@ -23,16 +24,16 @@ def haar_dwt2(x: Tensor, levels: int = 2) -> tuple[Tensor, list[Tensor]]:
     """
     if levels < 1:
         raise ValueError(f"levels must be at least 1, got {levels}")
-    channels = x.shape[1]
-    weight = _kernels(x).repeat(channels, 1, 1, 1)
     highs = []
     for _ in range(levels):
         height, width = x.shape[-2:]
         x = F.pad(x, (0, width % 2, 0, height % 2), mode="replicate")
-        bands = F.conv2d(x, weight, stride=2, groups=channels)
-        bands = bands.unflatten(1, (channels, 4))  # (B, C, 4, H/2, W/2)
-        x = bands[:, :, 0]
-        highs.append(bands[:, :, 1:])
+        upper, lower = (0.5 * x).unflatten(2, (-1, 2)).unbind(3)  # rows of the 2x2 blocks
+        rows = torch.stack([upper + lower, upper - lower], dim=2)  # (B, C, 2, H/2, W)
+        left, right = rows.unflatten(4, (-1, 2)).unbind(5)
+        (ll, lh), (hl, hh) = (left + right).unbind(2), (left - right).unbind(2)
+        x = ll
+        highs.append(torch.stack([lh, hl, hh], dim=2))
     return x, highs
 
 
@@ -42,20 +43,12 @@ def haar_idwt2(low: Tensor, highs: list[Tensor]) -> Tensor:
     Returns (B, C, 2·H_1, 2·W_1) for finest bands of H_1 x W_1: exact for even sizes; where an odd
     map was padded, the caller crops the last row or column.
     """
-    channels = low.shape[1]
-    weight = _kernels(low).repeat(channels, 1, 1, 1)
     for high in reversed(highs):
         height, width = high.shape[-2:]
-        bands = torch.cat([low[:, :, None, :height, :width], high], dim=2)  # (B, C, 4, H, W)
-        low = F.conv_transpose2d(bands.flatten(1, 2), weight, stride=2, groups=channels)
+        lh, hl, hh = (0.5 * high).unbind(2)
+        ll = 0.5 * low[..., :height, :width]
+        left, right = (ll + hl, lh + hh), (ll - hl, lh - hh)  # sum and difference of the rows
+        upper = torch.stack([left[0] + left[1], right[0] + right[1]], dim=-1)
+        lower = torch.stack([left[0] - left[1], right[0] - right[1]], dim=-1)
+        low = torch.stack([upper, lower], dim=3).flatten(4).flatten(2, 3)
     return low
-
-
-def _kernels(x: Tensor) -> Tensor:
-    """(4, 1, 2, 2) analysis kernels LL, LH, HL, HH, made on the device without a host copy."""
-    kernels = x.new_full((4, 1, 2, 2), 0.5)
-    kernels[1, :, 1] = -0.5
-    kernels[2, :, :, 1] = -0.5
-    kernels[3, :, 0, 1] = -0.5
-    kernels[3, :, 1, 0] = -0.5
-    return kernels

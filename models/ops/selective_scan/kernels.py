@@ -413,7 +413,8 @@ def _gradient_kernel(
     gradients,
     grad_u,
     grad_delta,
-    grad_BC,
+    grad_B,
+    grad_C,
     grad_rows,
     length,
     channels,
@@ -431,8 +432,8 @@ def _gradient_kernel(
 ):
     """All gradients of one chunk, for one of `splits` parts of a group's channels.
 
-    grad_BC (splits, 2, batch, groups, N, length) and grad_rows (batch, chunks, channels, N + 2),
-    which holds those of A, D and the bias, are summed over programs afterwards: no atomics.
+    grad_B and grad_C (splits, batch, groups, N, length) and grad_rows (batch, chunks, channels,
+    N + 2), which holds those of A, D and the bias, are summed afterwards: no atomics.
     """
     pid = tl.program_id(0)
     split = pid % splits
@@ -448,11 +449,11 @@ def _gradient_kernel(
     chunk_at = (batch * chunks + chunk).to(tl.int64) * channels
     border_at = (batch * (chunks - 1) + chunk).to(tl.int64) * channels
     matrices = (batch * groups + group).to(tl.int64) * N * length
-    half = batches.to(tl.int64) * groups * N * length
     B += matrices
     C += matrices
-    grad_B = grad_BC + split * 2 * half + matrices
-    grad_C = grad_B + half
+    matrices += split.to(tl.int64) * batches * groups * N * length
+    grad_B += matrices
+    grad_C += matrices
 
     first_block = split * blocks // splits
     for block in range(first_block, (split + 1) * blocks // splits):

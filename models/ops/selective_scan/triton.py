@@ -168,7 +168,7 @@ def _backward(
     blocks = triton.cdiv(sizes.channels // sizes.groups, shape.rows)
     programs = max(1, sizes.batch * sizes.groups * sizes.chunks)
     splits = min(blocks, triton.cdiv(_tuning.gradient_programs, programs))
-    grad_BC = u.new_empty((splits, 2, *B.shape), dtype=torch.float32)
+    grad_B, grad_C = (u.new_empty((splits, *B.shape), dtype=torch.float32) for _ in range(2))
     grad_rows = u.new_empty(
         (sizes.batch, sizes.chunks, sizes.channels, sizes.states + 2), dtype=torch.float32
     )
@@ -191,7 +191,8 @@ def _backward(
                 gradients,
                 grad_u,
                 grad_delta,
-                grad_BC,
+                grad_B,
+                grad_C,
                 grad_rows,
                 sizes.length,
                 sizes.channels,
@@ -208,14 +209,13 @@ def _backward(
                 WARPS=shape.warps,
                 num_warps=shape.warps,
             )
-    grad_B, grad_C = (grad_BC[0] if splits == 1 else grad_BC.sum(0)).unbind(0)
     rows = grad_rows.sum((0, 1))
     return (
         grad_u,
         grad_delta,
         rows[:, :-2].to(A.dtype, copy=True),
-        grad_B.to(B.dtype, copy=True),
-        grad_C.to(C.dtype, copy=True),
+        _sum_splits(grad_B, B.dtype),
+        _sum_splits(grad_C, C.dtype),
         rows[:, -2].to(A.dtype if D is None else D.dtype, copy=True),
         rows[:, -1].to(A.dtype if delta_bias is None else delta_bias.dtype, copy=True),
     )
@@ -338,6 +338,11 @@ def _enter_chunks(
         DEPTH=depth,
         num_warps=2,
     )
+
+
+def _sum_splits(parts: Tensor, dtype: torch.dtype) -> Tensor:
+    """(splits, ...) -> (...), without a pass over memory for one split of the right type."""
+    return (parts[0] if len(parts) == 1 else parts.sum(0)).to(dtype)
 
 
 def _contiguous(x: Tensor | None) -> Tensor | None:
