@@ -96,6 +96,8 @@ class TrainConfig(_Section):
     clip_grad_norm: Annotated[Annotated[float, Field(gt=0)] | None, _none_word]
     precision: Literal["float32", "bf16", "fp16"]  # of autocast
     tf32: bool  # TF32 matrix units for float32 products on GPU
+    save_every_s: Annotated[float, Field(ge=0)]  # least age of epoch-last.pth when an epoch's
+    # end replaces it
     checkpoint_start: Annotated[int, Field(ge=0)]  # epoch of the first kept checkpoint
     checkpoint_every: PositiveInt  # epochs
     keep_last: PositiveInt  # newest epoch-N.pth files that stay on disk

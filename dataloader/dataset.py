@@ -183,7 +183,7 @@ def find_files(config: DataConfig, names: Sequence[str], *, need_labels: bool) -
             raise InputError(
                 f"folder {folder} does not exist; put the images there or set data.{field}"
             )
-        by_stem = _files_by_stem(folder)
+        by_stem = files_by_stem(folder)
         for name in names:
             if len(by_stem.get(name, ())) > 1:
                 both = " and ".join(sorted(path.name for path in by_stem[name]))
@@ -193,7 +193,7 @@ def find_files(config: DataConfig, names: Sequence[str], *, need_labels: bool) -
     if missing:
         raise InputError(
             f"{root}: {len(missing)} files of {len(names)} listed pairs are missing: "
-            f"{_shorten(missing)}; add them or take their names off the list"
+            f"{shorten(missing)}; add them or take their names off the list"
         )
     if "label_folder" not in fields:
         columns.append([None] * len(names))
@@ -207,13 +207,13 @@ def read_pair(files: PairFiles, config: DataConfig) -> Pair:
         InputError: unreadable, sizes that differ, or a label with values that are no class.
     """
     rgb, thermal = read_rgb(files.rgb), read_thermal(files.thermal)
-    _check_size(files.thermal, thermal, files.rgb, rgb)
+    check_size(files.thermal, thermal, files.rgb, rgb)
     if files.label is None:
         label = np.full_like(thermal, UNKNOWN_LABEL)
     else:
         label = read_label(files.label, config.palette)
-        _check_size(files.label, label, files.rgb, rgb)
-        _check_classes(label, files.label, config.num_classes)
+        check_size(files.label, label, files.rgb, rgb)
+        check_classes(label, files.label, config.num_classes)
     if config.ignore_background:
         label[label == 0] = UNKNOWN_LABEL
     return Pair(rgb, thermal, label, np.ones_like(label))
@@ -235,7 +235,8 @@ def _to_stem(line: str) -> str:
     return stem if suffix.lower() in IMAGE_SUFFIXES else line
 
 
-def _files_by_stem(folder: Path) -> dict[str, list[Path]]:
+def files_by_stem(folder: Path) -> dict[str, list[Path]]:
+    """The images of a folder; a stem with several files stays with all of them."""
     files: dict[str, list[Path]] = {}
     for path in folder.iterdir():
         if path.suffix.lower() in IMAGE_SUFFIXES:
@@ -243,7 +244,8 @@ def _files_by_stem(folder: Path) -> dict[str, list[Path]]:
     return files
 
 
-def _shorten(names: Sequence[str]) -> str:
+def shorten(names: Sequence[str]) -> str:
+    """The first ten names and how many more there are, for a message."""
     rest = len(names) - _SHOWN_NAMES
     return ", ".join(names[:_SHOWN_NAMES]) + (f" and {rest} more" if rest > 0 else "")
 
@@ -251,10 +253,11 @@ def _shorten(names: Sequence[str]) -> str:
 def _check_unique(names: Sequence[str], source: str) -> None:
     repeated = [name for name, count in Counter(names).items() if count > 1]
     if repeated:
-        raise InputError(f"{source}: listed more than once: {_shorten(repeated)}; keep one of each")
+        raise InputError(f"{source}: listed more than once: {shorten(repeated)}; keep one of each")
 
 
-def _check_size(path: Path, image: np.ndarray, rgb_path: Path, rgb: np.ndarray) -> None:
+def check_size(path: Path, image: np.ndarray, rgb_path: Path, rgb: np.ndarray) -> None:
+    """Raise InputError where an image (H, W) or (H, W, 3) has another size than its rgb."""
     if image.shape != rgb.shape[:2]:
         got, expected = (f"{shape[0]}x{shape[1]}" for shape in (image.shape, rgb.shape))
         raise InputError(
@@ -263,12 +266,13 @@ def _check_size(path: Path, image: np.ndarray, rgb_path: Path, rgb: np.ndarray) 
         )
 
 
-def _check_classes(label: np.ndarray, path: Path, num_classes: int) -> None:
+def check_classes(label: np.ndarray, path: Path, num_classes: int) -> None:
+    """Raise InputError where a label (H, W) holds a value that is neither a class nor 255."""
     wrong = label[(label >= num_classes) & (label != UNKNOWN_LABEL)]
     if wrong.size:
         values, counts = np.unique(wrong, return_counts=True)
         found = [f"{value} ({count} pixels)" for value, count in zip(values, counts, strict=True)]
         raise InputError(
-            f"label {path} holds {_shorten(found)}; data.class_names has classes 0 to "
+            f"label {path} holds {shorten(found)}; data.class_names has classes 0 to "
             f"{num_classes - 1}, and 255 is unknown"
         )

@@ -97,7 +97,7 @@ def build_state(
     network: nn.Module = model
     if is_shared:
         network = DistributedDataParallel(model, device_ids=[device.index] if is_cuda else None)
-        network.broadcast_buffers = False  # not in every forward: save_last() does it
+        network.broadcast_buffers = False  # not in every forward: settle() does it
     total_steps = config.train.epochs * steps_per_epoch
     return TrainingState(
         model=model,
@@ -109,12 +109,15 @@ def build_state(
     )
 
 
-def check_weights(state: TrainingState) -> None:
-    """Refuse to save a network that a last bad gradient has poisoned.
+def settle(state: TrainingState) -> None:
+    """Make all ranks' networks one, fit to be saved and scored; every rank takes part.
+
+    Running statistics become those of the first rank, as a resumed run reads them.
 
     Raises:
         FloatingPointError: on every rank, if a weight or a running statistic is not finite.
     """
+    broadcast(state.model.buffers())
     floats = [t for t in state.model.state_dict().values() if t.is_floating_point()]
     is_finite = bool(torch.stack([t.isfinite().all() for t in floats]).all())
     if largest(int(not is_finite)):
@@ -125,12 +128,7 @@ def check_weights(state: TrainingState) -> None:
 
 
 def save_last(state: TrainingState, config: Config, folder: RunFolder) -> None:
-    """Write epoch-last.pth with all that an exact resume needs; every rank takes part.
-
-    Running statistics become those of the first rank everywhere, as a resumed run reads them.
-    """
-    broadcast(state.model.buffers())
-    check_weights(state)
+    """Write epoch-last.pth with all that an exact resume needs; every rank takes part."""
     training_state = {
         "optimizer": optimizer_state(state.optimizer, state.model),
         "scaler": state.scaler.state_dict(),

@@ -3,6 +3,7 @@
 import json
 import logging
 import signal
+import time
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
@@ -16,7 +17,15 @@ from engine.evaluate import evaluate_segmentation
 from engine.inference import Prediction
 from engine.losses import Batch, joint_loss
 from engine.optim import lr_at
-from engine.state import TrainingState, build_state, restore, save_best, save_epoch, save_last
+from engine.state import (
+    TrainingState,
+    build_state,
+    restore,
+    save_best,
+    save_epoch,
+    save_last,
+    settle,
+)
 from models import CMFS
 from utils.cli import StopRequest
 from utils.distributed import (
@@ -66,8 +75,8 @@ def fit(
 ) -> int:
     """Train to the end of the schedule, or until SIGINT or SIGTERM.
 
-    epoch-last.pth is written after every epoch, before the validation, and at a stop: a resumed
-    run repeats no step, and at most one validation.
+    epoch-last.pth is written at the end of an epoch, before its validation, where the last one is
+    train.save_every_s old; at a stop; and at the end.
 
     Returns:
         0, or the number of the signal that stopped the run, its exact state in epoch-last.pth.
@@ -85,16 +94,22 @@ def fit(
     report = RunReport(
         folder, from_step=state.step, total_steps=state.total_steps, is_enabled=is_main_process()
     )
+    saved_at = time.monotonic()
     with report, StopRequest() as stop:
         while True:
             stopped = train_epoch(state, train_loader, config, devices.device, stop, report)
-            save_last(state, config, folder)
+            settle(state)
+            is_due = time.monotonic() - saved_at >= config.train.save_every_s
+            if stopped or state.is_finished or largest(is_due):
+                save_last(state, config, folder)
+                saved_at = time.monotonic()
             if stopped:
                 log.info("%s: saved after step %d", signal.Signals(stopped).name, state.step)
                 return stopped
             save_epoch(state, config, folder)
             if state.is_finished or state.epochs_done % config.train.val_every == 0:
                 validate(state, val_loader, config, devices.device, folder, report)
+                report.start_clock(state.step)
             if state.is_finished:
                 return 0
             state.epoch, state.batch = state.epoch + 1, 0
@@ -116,7 +131,6 @@ def train_epoch(
     loader.batch_sampler.start_batch = state.batch
     batches = iter(loader)
     state.model.train()
-    report.start_clock(state.step)
     window: list[StepLosses] = []
     stopped = 0
     while not (stopped or state.is_finished or state.batch == state.steps_per_epoch):

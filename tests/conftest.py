@@ -49,5 +49,6 @@ def demo_config(demo_dataset: Path, tmp_path: Path) -> Config:
             "train.crop=[64,96]",
             "train.batch_size=2",
             "eval.batch_size=2",
+            "train.save_every_s=0",
         ],
     )

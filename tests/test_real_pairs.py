@@ -64,7 +64,8 @@ def test_msrs_from_training_to_pictures(shared_data, tmp_path, settings):
     assert sorted(vision["images"]) == sorted(stems)
     assert vision["mean"]["EN"] > 0
     for stem in stems:
-        assert cv2.imread(str(folder / f"vision/epoch-last/fused/{stem}.png")).shape == (480, 640, 3)
+        fused = cv2.imread(str(folder / f"vision/epoch-last/fused/{stem}.png"))
+        assert fused.shape == (480, 640, 3)
         label = cv2.imread(str(folder / f"eval/epoch-last/segmentation/{stem}.png"), -1)
         assert label.shape == (480, 640)
         assert label.max() < 9

@@ -110,6 +110,7 @@ class RunReport:
         self._is_enabled = is_enabled
         self._total_steps = total_steps
         self._has_bar = is_enabled and sys.stderr.isatty()
+        self._start_time = time.perf_counter()
         self.start_clock(from_step)
         if is_enabled:
             self._metrics = MetricsFile(folder.metrics_file, from_step=from_step)
@@ -132,7 +133,7 @@ class RunReport:
             self._tensorboard.close()
 
     def start_clock(self, step: int) -> None:
-        """Measure speed from here on, so that validation and saving do not count."""
+        """Measure speed from here on, so that validation does not count."""
         self._clock_step, self._clock_time = step, time.perf_counter()
 
     def steps(
@@ -163,6 +164,7 @@ class RunReport:
             **parts,
             "lr": learning_rate,
             "images_per_s": round(images_per_s, 3),
+            "elapsed_s": round(time.perf_counter() - self._start_time, 3),
         }
         self._metrics.write({"step": step, "epoch": epoch, **entry})
         shares = {

@@ -65,6 +65,7 @@ def configure(demo_dataset, tmp_path):
                 "train.crop=[32,32]",
                 "train.batch_size=2",
                 "train.log_every=1",
+                "train.save_every_s=0",
                 *overrides,
             ],
         )
@@ -177,7 +178,7 @@ def test_stop_and_resume_equal_one_run_bit_for_bit(configure, monkeypatch, stop_
     best, best_found = (load_checkpoint(folder.best_checkpoint) for folder in (whole, parts))
     assert_same(best_found._asdict(), best._asdict())
 
-    speeds = ("images_per_s",)
+    speeds = ("images_per_s", "elapsed_s")
     logged = [
         [{k: v for k, v in line.items() if k not in speeds} for line in metrics_of(config, exp)]
         for exp in ("whole", "parts")
@@ -299,6 +300,18 @@ def test_kept_epochs(configure, no_validation, start, every, keep, epochs):
     assert {path.name for path in folder.iterdir()} == names
 
 
+def test_last_checkpoint_waits_until_it_is_old_enough(configure, no_validation, monkeypatch):
+    saved = []
+    keep = trainer.save_last
+    monkeypatch.setattr(
+        trainer, "save_last", lambda state, *rest: saved.append(state.step) or keep(state, *rest)
+    )
+    monkeypatch.setattr(trainer.time, "monotonic", lambda: 10.0 * len(metrics_of(config)))
+    config = configure("train.epochs=5", "train.batch_size=8", "train.save_every_s=20")
+    run(config)
+    assert saved == [2, 4, 5]
+
+
 def test_validation_epochs(configure, monkeypatch):
     """Every val_every epochs, and at the end."""
     seen = []
@@ -321,7 +334,11 @@ def test_metrics_every_few_steps_are_means_of_them(configure, no_validation):
     assert pairs[1]["loss"] == pytest.approx((each[2]["loss"] + each[3]["loss"]) / 2)
     assert list(each[0])[:3] == ["step", "epoch", "loss"]
     parts = ("segmentation", "fusion", "intensity", "gradient", "color", "balance")
-    assert each[0].keys() >= {f"loss_{part}" for part in parts} | {"lr", "images_per_s"}
+    assert each[0].keys() >= {f"loss_{part}" for part in parts} | {
+        "lr",
+        "images_per_s",
+        "elapsed_s",
+    }
 
 
 def test_learning_rate_of_each_step_follows_the_schedule(configure, no_validation):
