@@ -38,7 +38,7 @@ from configs import available_names, load_config
 from configs.schema import DataConfig
 from dataloader.prepare import layouts, summary
 from dataloader.prepare.classes import CONFIG_FILE, custom_config, find_classes
-from dataloader.prepare.plan import Plan
+from dataloader.prepare.plan import SPLITS, Plan
 from dataloader.prepare.source import Source, fingerprint, open_source
 from dataloader.prepare.validation import choose, divide_train_list
 from dataloader.prepare.writer import Style, finish, is_prepared, part_folder, write_pairs
@@ -179,6 +179,7 @@ def take_out(plan: Plan, split: str, fraction: float, seed: int) -> None:
     drawn = set(chosen)
     plan.lists["train"] = [stem for stem in plan.lists["train"] if stem not in drawn]
     plan.lists[split] = chosen
+    plan.lists = {name: plan.lists[name] for name in SPLITS if name in plan.lists}
 
 
 def make_config(

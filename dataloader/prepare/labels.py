@@ -106,7 +106,7 @@ def find_values(paths: Iterable[Path], *, is_binary: bool = False) -> LabelValue
     if indices == {0, UNKNOWN_LABEL}:
         raise InputError(
             "all labels hold 0 and 255 alone, and 255 means unknown; if it is the object here, "
-            "say --binary"
+            "prepare it with --binary"
         )
     return LabelValues(sorted(indices - {UNKNOWN_LABEL}), [])
 

@@ -11,21 +11,10 @@ import pytest
 
 from configs import load_config
 from dataloader import synthetic
-from dataloader.synthetic import (
-    BACKGROUND,
-    CAR,
-    CONE,
-    KERB,
-    PERSON,
-    Canvas,
-    Item,
-    Scene,
-    Weather,
-    draw_items,
-    draw_scene,
-    is_night,
-    write_dataset,
-)
+from dataloader.scenery.canvas import BACKGROUND, CAR, CONE, KERB, PERSON, Canvas
+from dataloader.scenery.items import Item, draw_items
+from dataloader.scenery.street import Weather
+from dataloader.synthetic import Scene, draw_scene, is_night, write_dataset
 from tools import draw_scenes
 from utils.errors import InputError
 
@@ -218,12 +207,12 @@ def test_night_is_dark(scenes: list[Scene]) -> None:
 def test_fog_and_glare_blind_only_the_rgb_camera(
     index: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    choose = synthetic._choose_weather
+    choose = synthetic.choose_weather
     drawn = {}
     for name, fog, glare in (("clear", 0.0, 0.0), ("fog", 0.12, 0.0), ("glare", 0.0, 1.5)):
         monkeypatch.setattr(
             synthetic,
-            "_choose_weather",
+            "choose_weather",
             lambda *given, fog=fog, glare=glare: choose(*given)._replace(fog=fog, glare=glare),
         )
         drawn[name] = draw_scene(index, height=96, width=128, seed=4)

@@ -1,0 +1,1 @@
+"""The parts that dataloader/synthetic.py draws scenes with."""
