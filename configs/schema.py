@@ -70,7 +70,7 @@ class ModelConfig(_Section):
     text_prior: str  # path of a clip_text_<name>.safetensors ("{name}" stands for data.name in
     # lower case), or "orthogonal", the explicit stand-in without CLIP
     pretrained: Annotated[str | None, _none_word]  # path of the VMamba weights
-    scan_backend: Literal["auto", "reference", "chunked", "triton", "mamba_ssm"]
+    scan_backend: Literal["auto", "reference", "chunked", "native", "triton", "mamba_ssm"]
     drop_path: Annotated[float, Field(ge=0, lt=1)]  # rate at the last encoder block
     image_mean: tuple[float, float, float]  # standardisation inside each encoder
     image_std: tuple[

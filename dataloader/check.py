@@ -11,6 +11,7 @@ import numpy as np
 
 from configs.schema import DataConfig
 from dataloader.dataset import PairFiles, files_by_stem, find_files, read_pair, read_split, shorten
+from dataloader.prepare.summary import count_classes
 from dataloader.registration import Shift, common_shift, far_pairs, measure_shift
 from dataloader.transforms import Pair
 from utils.errors import InputError
@@ -18,6 +19,7 @@ from utils.image import UNKNOWN_LABEL
 
 SPLITS = ("train", "val", "test")  # each pair belongs to one of them
 PARTS = ("test_day", "test_night")  # they divide test
+_FEW_PIXELS = 100  # of a class in a list
 
 
 class Finding(NamedTuple):
@@ -98,7 +100,7 @@ def check_dataset(
         most_shift: pixels between rgb and thermal beyond which a set or a pair is warned of.
         on_start, on_pair: called with the number of pairs, and after each, for a progress bar.
     """
-    data = data.model_copy(update={"ignore_background": False})
+    data = data.model_copy(update={"ignore_background": False})  # else 0 would read as 255
     report = check_lists(data)
     files = _readable_files(data, report)
     if on_start is not None:
@@ -196,20 +198,22 @@ def _check_duplicates(report: Report, hashes: Mapping[tuple[str, bytes], list[st
 
 
 def _check_classes_seen(report: Report, data: DataConfig) -> None:
-    """Classes that a list never shows, by the lists that lack them."""
-    seen = {
-        name: sum((report.pixels[s] for s in stems if s in report.pixels), np.zeros(256, int)) > 0
-        for name, stems in report.lists.items()
-        if name in SPLITS
-    }
-    everywhere = list(seen)
-    absent: dict[tuple[str, ...], list[str]] = {}
+    """Classes that a list never or hardly shows, by the lists that lack them."""
+    lists = {name: stems for name, stems in report.lists.items() if name in SPLITS}
+    counts = {name: count_classes(report.pixels, stems)[:, 0] for name, stems in lists.items()}
+    never: dict[tuple[str, ...], list[str]] = {}
     for value, class_name in enumerate(data.class_names):
-        lists = tuple(name for name in everywhere if not seen[name][value])
-        if lists and not (value == 0 and data.ignore_background):
-            absent.setdefault(lists, []).append(f"{value} {class_name}")
-    for lists, classes in absent.items():
-        place = "any list" if list(lists) == everywhere else " or ".join(lists)
+        lacking = tuple(name for name in lists if not counts[name][value])
+        if lacking:
+            never.setdefault(lacking, []).append(f"{value} {class_name}")
+        for name in lists:
+            if 0 < counts[name][value] < _FEW_PIXELS:
+                report.warn(
+                    f"{value} {class_name} has {counts[name][value]} pixels in {name}: no score "
+                    "of it will mean much"
+                )
+    for lacking, classes in never.items():
+        place = "any list" if len(lacking) == len(lists) else " or ".join(lacking)
         report.warn(f"never seen in {place}: {', '.join(classes)}")
 
 

@@ -146,7 +146,8 @@ def read_split(folder: Path, split: str) -> list[str]:
     path = folder / f"{split}.txt"
     if not path.is_file():
         if split == "val":
-            way_out = "divide train.txt with tools/prepare_dataset.py --val-fraction"
+            command = f"tools/prepare_dataset.py --val-fraction 0.1 custom {folder}"
+            way_out = f"divide train.txt with {command}"
         else:
             way_out = "it lists the split's file names without suffix, one a line"
         raise InputError(f"{path} does not exist; {way_out}")

@@ -17,7 +17,9 @@ Ends with a table; exit code 0 without errors (there may be warnings), else 2.
 """
 
 import argparse
+import contextlib
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 from tqdm import tqdm
@@ -27,9 +29,10 @@ if __name__ == "__main__":  # started as a file: the project's packages lie one 
 
 from configs import available_names, load_config
 from configs.schema import DataConfig
-from dataloader.check import Report, check_dataset, check_lists, sizes_of
+from dataloader.check import SPLITS, Report, check_dataset, check_lists, sizes_of
+from dataloader.dataset import files_by_stem
 from dataloader.prepare.classes import CONFIG_FILE, custom_config, distinct_colors
-from dataloader.prepare.labels import find_values
+from dataloader.prepare.labels import LabelValues, merge_values, values_of
 from dataloader.prepare.summary import align, class_table
 from dataloader.registration import MOST_SHIFT, common_shift
 from utils.cli import Parser, run_main
@@ -107,7 +110,8 @@ def show(report: Report, data: DataConfig) -> None:
         if len(texts) > _SHOWN_FINDINGS:
             print(f"{title}  ... and {len(texts) - _SHOWN_FINDINGS} more")
     if report.pixels:
-        print(*class_table(report.lists, report.pixels, data.class_names), sep="\n")
+        lists = {name: stems for name, stems in report.lists.items() if name in SPLITS}
+        print(*class_table(lists, report.pixels, data.class_names), sep="\n")
     rows = [["list", "pairs", "good", "height x width"]]
     for name in report.lists:
         sizes = sizes_of(report, name)
@@ -135,13 +139,20 @@ def _classes_as_found(folder: Path, overrides: list[str]) -> tuple[DataConfig, s
     labels = folder / base.label_folder
     count = 2
     if labels.is_dir():
-        values = find_values(sorted(path for path in labels.iterdir() if path.is_file()))
+        values = merge_values(_read_values(labels))
         count = max([1, *values.indices]) + 1
     names = ["background", *(f"class {index}" for index in range(1, count))]
     data, _ = custom_config(folder, names, distinct_colors(count))
     folders = ("rgb_folder", "thermal_folder", "label_folder")
     data = data.model_copy(update={name: getattr(base, name) for name in folders})
     return data, f"a set of its own with the {count} classes that its labels hold"
+
+
+def _read_values(labels: Path) -> Iterator[LabelValues]:
+    """What each label holds; those that do not open are left to the check."""
+    for paths in files_by_stem(labels).values():
+        with contextlib.suppress(InputError):
+            yield values_of(paths[0])
 
 
 if __name__ == "__main__":

@@ -113,9 +113,10 @@ def main(arguments: list[str] | None = None) -> None:
 
 def is_in_place(options: argparse.Namespace) -> bool:
     """Whether SRC is a set in its place, of which only the training list is to be divided."""
-    is_elsewhere = options.out and options.out.resolve() != options.source.resolve()
-    if is_elsewhere or not (options.source / "train.txt").is_file():
+    if not (options.source / "train.txt").is_file():
         return False
+    if options.out is not None:
+        return options.out.resolve() == options.source.resolve()
     if options.kind != "custom":
         configs = [options.kind]
     elif options.config:

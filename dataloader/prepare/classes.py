@@ -1,7 +1,7 @@
 """The classes of a set of the user's own, and the config file that names them."""
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -9,7 +9,7 @@ import yaml
 
 from configs import Config, load_config
 from configs.schema import DataConfig
-from dataloader.prepare.labels import LabelValues, find_values
+from dataloader.prepare.labels import LabelValues, merge_values, values_of
 from dataloader.prepare.plan import Plan
 from dataloader.prepare.source import Source
 from utils.errors import InputError
@@ -23,13 +23,13 @@ def find_classes(
     """Names and palette of what the labels of a plan hold; two stand-ins without labels.
 
     Raises:
-        InputError: what find_values finds, or a single class.
+        InputError: what values_of and merge_values find, or a single class.
     """
-    values = LabelValues([0, 1], [])
+    values = LabelValues({0, 1}, set())
     if plan.has_labels:
-        values = _find_values(source, plan, is_binary=is_binary, on_label=on_label)
+        values = merge_values(_read_values(source, plan, is_binary, on_label))
     if values.colors:
-        colors = values.colors
+        colors = sorted(values.colors)
         names = [f"class {i} ({', '.join(map(str, c))})" for i, c in enumerate(colors)]
     else:
         count = max(values.indices, default=0) + 1
@@ -73,13 +73,11 @@ def _any_config() -> Config:
     return load_config("mfnet")
 
 
-def _find_values(
-    source: Source, plan: Plan, *, is_binary: bool, on_label: Callable[[], object]
-) -> LabelValues:
-    def paths():
-        for pair in plan.pairs.values():
-            with source.fetch([pair.label]) as fetched:
-                yield fetched[0]
-            on_label()
-
-    return find_values(paths(), is_binary=is_binary)
+def _read_values(
+    source: Source, plan: Plan, is_binary: bool, on_label: Callable[[], object]
+) -> Iterator[LabelValues]:
+    for pair in plan.pairs.values():
+        with source.fetch([pair.label]) as paths:
+            values = values_of(paths[0], is_binary=is_binary)
+        on_label()
+        yield values

@@ -22,10 +22,10 @@ class Header(NamedTuple):
 
 
 class LabelValues(NamedTuple):
-    """What a set's labels hold: class indices, or the colours of drawings."""
+    """What labels hold: class indices, or the RGB colours of drawings."""
 
-    indices: list[int]
-    colors: list[tuple[int, int, int]]  # RGB; empty where labels are indices
+    indices: set[int]
+    colors: set[tuple[int, int, int]]
 
 
 def read_header(path: Path) -> Header:
@@ -55,9 +55,9 @@ def read_rgb_thermal(path: Path) -> tuple[np.ndarray, np.ndarray]:
 def read_any_label(path: Path, palette: Palette, *, is_binary: bool = False) -> np.ndarray:
     """Read a label in any form that archives have: (H, W) uint8 class indices.
 
-    One channel of indices, also in three equal ones; a PNG with a colour table: by colour where
-    all its colours are the palette's, else its indices; a drawing in the palette's colours, RGB or
-    BGR.
+    One channel of indices, also in three equal ones; a PNG with a colour table (its indices, or by
+    colour where the table is the palette in another order); a drawing in the palette's colours,
+    RGB or BGR.
 
     Args:
         is_binary: every value but 0 is class 1.
@@ -69,10 +69,10 @@ def read_any_label(path: Path, palette: Palette, *, is_binary: bool = False) -> 
         raise InputError(
             f"label {path} is a JPEG, whose compression changes class values; get it as PNG"
         )
-    if header.mode in ("P", "1"):
+    if header.mode == "1":
         label = _read_pixels(path).astype(np.uint8)
-        if header.mode == "P":
-            label = _by_color_table(path, label, palette)
+    elif header.mode == "P":
+        label = _from_color_table(path, palette)
     elif header.mode in ("RGB", "RGBA"):
         label = _from_drawing(path, read_rgb(path), palette)
     else:
@@ -80,35 +80,50 @@ def read_any_label(path: Path, palette: Palette, *, is_binary: bool = False) -> 
     return (label > 0).astype(np.uint8) if is_binary else label
 
 
-def find_values(paths: Iterable[Path], *, is_binary: bool = False) -> LabelValues:
-    """What labels of unknown classes hold; black comes first among colours, 255 is left out.
+def values_of(path: Path, *, is_binary: bool = False) -> LabelValues:
+    """What one label of unknown classes holds.
 
     Raises:
-        InputError: unreadable, too many colours, or only 0 and 255 without is_binary.
+        InputError: unreadable, or too many colours.
     """
-    colors: set[tuple[int, int, int]] = set()
+    image = read_rgb(path) if read_header(path).mode in ("RGB", "RGBA") else None
+    if image is None or is_binary or _is_grey(image):
+        label = read_any_label(path, (), is_binary=is_binary)
+        return LabelValues(set(np.unique(label).tolist()), set())
+    colors = np.unique(image.reshape(-1, 3), axis=0)
+    _check_color_count(len(colors), f"mask {path} holds")
+    return LabelValues(set(), set(map(tuple, colors.tolist())))
+
+
+def merge_values(values: Iterable[LabelValues]) -> LabelValues:
+    """What a set's labels hold together; 255 is no class unless labels are drawings.
+
+    Raises:
+        InputError: too many colours, or 0 and 255 alone.
+    """
     indices: set[int] = set()
-    for path in paths:
-        image = read_rgb(path) if read_header(path).mode in ("RGB", "RGBA") else None
-        if image is None or is_binary or _is_grey(image):
-            label = read_any_label(path, (), is_binary=is_binary)
-            indices.update(np.unique(label).tolist())
-        else:
-            colors.update(map(tuple, np.unique(image.reshape(-1, 3), axis=0).tolist()))
-        if len(colors) > _MOST_COLORS:
-            raise InputError(
-                f"the masks up to {path} hold more than {_MOST_COLORS} colours; they were resized "
-                "or compressed: get the originals, or name the palette with --config"
-            )
+    colors: set[tuple[int, int, int]] = set()
+    for value in values:
+        indices |= value.indices
+        colors |= value.colors
     if colors:
         colors |= {(index, index, index) for index in indices}
-        return LabelValues([], sorted(colors))
+        _check_color_count(len(colors), "the masks together hold")
+        return LabelValues(set(), colors)
     if indices == {0, UNKNOWN_LABEL}:
         raise InputError(
             "all labels hold 0 and 255 alone, and 255 means unknown; if it is the object here, "
-            "prepare it with --binary"
+            "prepare the set with --binary"
         )
-    return LabelValues(sorted(indices - {UNKNOWN_LABEL}), [])
+    return LabelValues(indices - {UNKNOWN_LABEL}, set())
+
+
+def _check_color_count(count: int, who: str) -> None:
+    if count > _MOST_COLORS:
+        raise InputError(
+            f"{who} more than {_MOST_COLORS} colours; they were resized or compressed: get the "
+            "originals, or name the palette with --config"
+        )
 
 
 def _read_pixels(path: Path) -> np.ndarray:
@@ -121,20 +136,29 @@ def _read_pixels(path: Path) -> np.ndarray:
         raise InputError(f"image {path} cannot be decoded: {error}; copy it again") from error
 
 
-def _by_color_table(path: Path, indices: np.ndarray, palette: Palette) -> np.ndarray:
-    label = decolorize(read_rgb(path), palette)
-    return label if len(palette) and (label != UNKNOWN_LABEL).all() else indices
+def _from_color_table(path: Path, palette: Palette) -> np.ndarray:
+    """The indices as stored, or by colour where an image editor put the palette in its own order.
+
+    That is the case if all entries at the beginning, as many as there are classes, are classes'
+    colours; the table decides, not what an image uses of it.
+    """
+    indices = _read_pixels(path)
+    with Image.open(path) as image:
+        table = np.reshape(image.getpalette(), (-1, 3)).astype(np.uint8)
+    head = decolorize(table[None, : len(palette)], palette)
+    if not len(palette) or (head == UNKNOWN_LABEL).any() or indices.max() >= len(table):
+        return indices
+    return _from_drawing(path, table[indices], palette)
 
 
 def _from_drawing(path: Path, image: np.ndarray, palette: Palette) -> np.ndarray:
-    label = decolorize(image, palette)
     for drawing in (image, image[..., ::-1]):
         found = decolorize(drawing, palette)
         if (found != UNKNOWN_LABEL).all():
             return found
     if _is_grey(image):
         return np.ascontiguousarray(image[..., 0])
-    foreign = label == UNKNOWN_LABEL
+    foreign = decolorize(image, palette) == UNKNOWN_LABEL
     color = ", ".join(map(str, image[foreign][0]))
     raise InputError(
         f"label {path} has {foreign.sum()} pixels in colours that are no class's, the first "

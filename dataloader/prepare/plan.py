@@ -68,16 +68,16 @@ def find_folders(source: Source, wanted: Sequence[str]) -> dict[str, str] | None
         for file in source.sizes
         for parent in PurePosixPath(file).parents
     }
-    first = wanted[0].lower()
-    roots = [name[: -len(first)] for name in folders if f"/{name}".endswith(f"/{first}")]
+    end = wanted[0].lower()
+    roots = [name[: -len(end)] for name in folders if f"/{name}".endswith(f"/{end}")]
     roots = [root for root in roots if all(root + name.lower() in folders for name in wanted)]
     roots.sort(key=lambda root: root.count("/"))
     if not roots:
         return None
     if len(roots) > 1 and roots[0].count("/") == roots[1].count("/"):
+        first, second = (folders[root + wanted[0].lower()] for root in roots[:2])
         raise InputError(
-            f"{source.path} holds {', '.join(wanted)} in '{roots[0]}' and again in '{roots[1]}'; "
-            "give the folder of one"
+            f"{source.path} holds {first} and {second}, two data sets; give the folder of one"
         )
     return {name: folders[roots[0] + name.lower()] for name in wanted}
 

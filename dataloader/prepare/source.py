@@ -18,6 +18,10 @@ _LARGEST_FILE = 1 << 29  # bytes of one unpacked image; more is no image but an 
 _ARCHIVE_SUFFIXES = (".zip", ".rar", ".7z", ".tar", ".gz", ".tgz", ".bz2", ".xz")
 
 
+class BadFile(InputError):
+    """A file of the source that cannot be used; the others may be fine."""
+
+
 class Source(Protocol):
     """Files by their path below one root, with "/" between folders; hidden ones are left out."""
 
@@ -28,7 +32,7 @@ class Source(Protocol):
         """The files on disk, while the context is open; an InputError names them as they are.
 
         Raises:
-            InputError: a member of an archive that cannot be unpacked.
+            BadFile: a member of an archive that cannot be unpacked.
         """
 
 
@@ -64,28 +68,28 @@ class ZipSource:
     @contextlib.contextmanager
     def fetch(self, files: Sequence[str]) -> Iterator[list[Path]]:
         with tempfile.TemporaryDirectory() as folder:
-            paths = []
-            for index, file in enumerate(files):
-                path = Path(folder, str(index), PurePosixPath(file).name)
-                path.parent.mkdir()
-                self._unpack(file, path)
-                paths.append(path)
+            paths: dict[str, Path] = {}
+            for file in files:
+                if file not in paths:
+                    paths[file] = Path(folder, str(len(paths)), PurePosixPath(file).name)
+                    paths[file].parent.mkdir()
+                    self._unpack(file, paths[file])
             try:
-                yield paths
+                yield [paths[file] for file in files]
             except InputError as error:
                 message = str(error)
-                for file, path in zip(files, paths, strict=True):
+                for file, path in paths.items():
                     message = message.replace(str(path), f"{self.path}/{file}")
-                raise InputError(message) from error
+                raise type(error)(message) from error
 
     def _unpack(self, file: str, path: Path) -> None:
         try:
             with self._archive.open(self._members[file]) as packed, open(path, "wb") as unpacked:
                 shutil.copyfileobj(packed, unpacked)
         except (zipfile.BadZipFile, zlib.error, EOFError) as error:
-            raise InputError(f"{self.path}/{file} is damaged ({error}); copy it again") from error
+            raise BadFile(f"{self.path}/{file} is damaged ({error}); copy it again") from error
         except (RuntimeError, NotImplementedError) as error:  # a password, an exotic method
-            raise InputError(
+            raise BadFile(
                 f"{self.path}/{file} cannot be unpacked ({error}); unpack it and give the folder"
             ) from error
 

@@ -8,11 +8,13 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple, TextIO
 
+import numpy as np
+
 from configs.schema import DataConfig
-from dataloader.dataset import check_classes, check_size, files_by_stem, shorten
+from dataloader.dataset import PairFiles, check_classes, check_size, files_by_stem, shorten
 from dataloader.prepare.labels import read_any_label, read_header, read_rgb_thermal
 from dataloader.prepare.plan import Plan, SourcePair
-from dataloader.prepare.source import Source
+from dataloader.prepare.source import BadFile, Source
 from dataloader.prepare.validation import write_list
 from utils.errors import InputError
 from utils.image import read_rgb, read_thermal, write_png
@@ -68,7 +70,10 @@ def part_folder(out: Path, description: Mapping[str, Any]) -> Iterator[Path]:
         InputError: another process works in it.
     """
     part = out.with_name(f".{out.name}.part")
-    part.mkdir(parents=True, exist_ok=True)
+    try:
+        part.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"cannot write into {out.parent}: {error.strerror}") from error
     with open(part / DESCRIPTION, "a+", encoding="utf-8") as marker:
         _lock(marker, out)
         marker.seek(0)
@@ -94,6 +99,8 @@ def write_pairs(
 
     Returns:
         What is wrong with each pair that cannot be used, by stem; the others are written.
+    Raises:
+        InputError: the disk does not take a file; what is written stays for the next run.
     """
     for aside in part.glob("*/.*"):  # of a run that was killed while it wrote
         aside.unlink()
@@ -103,7 +110,7 @@ def write_pairs(
         if not all(stem in stems for stems in present):
             try:
                 _write_pair(source, pair, part, data, style)
-            except InputError as error:
+            except BadFile as error:
                 problems[stem] = str(error)
         on_pair()
     return problems
@@ -121,53 +128,70 @@ def finish(part: Path, out: Path, plan: Plan, description: Mapping[str, Any]) ->
         raise InputError(f"cannot put the set at {out}: {error.strerror}") from error
 
 
+class _Images(NamedTuple):
+    """One pair as it was read and checked."""
+
+    rgb: np.ndarray  # (H, W, 3) uint8
+    thermal: np.ndarray  # (H, W) uint8
+    label: np.ndarray | None  # (H, W) uint8
+
+
 def _write_pair(
     source: Source, pair: SourcePair, part: Path, data: DataConfig, style: Style
 ) -> None:
-    """Check one pair and write its files."""
-    files = list(dict.fromkeys(file for file in pair[1:] if file))
-    folders = [part / data.rgb_folder, part / data.thermal_folder, part / data.label_folder]
-    with source.fetch(files) as paths:
-        path = dict(zip(files, paths, strict=True))
-        rgb_path, thermal_path = path[pair.rgb], path[pair.thermal]
-        label = None
-        if pair.rgb == pair.thermal:
-            rgb, thermal = read_rgb_thermal(rgb_path)
-        else:
-            rgb, thermal = read_rgb(rgb_path), read_thermal(thermal_path)
-            check_size(thermal_path, thermal, rgb_path, rgb)
-        if pair.label is not None:
-            label_path = path[pair.label]
-            label = read_any_label(label_path, data.palette, is_binary=style.is_binary)
-            check_size(label_path, label, rgb_path, rgb)
-            check_classes(label, label_path, data.num_classes)
-        if pair.rgb == pair.thermal:
-            write_png(folders[0] / f"{pair.stem}.png", rgb)
-            write_png(folders[1] / f"{pair.stem}.png", thermal)
-        else:
-            _place(rgb_path, folders[0], pair.stem, style.use_links)
-            if read_header(thermal_path).mode.startswith("I"):  # 16 bits
-                write_png(folders[1] / f"{pair.stem}.png", thermal)
-            else:
-                _place(thermal_path, folders[1], pair.stem, style.use_links)
-        if label is None:
-            return
-        if read_header(label_path).mode == "L" and not style.is_binary:
-            _place(label_path, folders[2], pair.stem, style.use_links)
-        else:
-            write_png(folders[2] / f"{pair.stem}.png", label)
+    """Check one pair and write its files; BadFile if it cannot be used."""
+    files = [file for file in pair[1:] if file]
+    with source.fetch(files) as fetched:
+        paths = PairFiles(*fetched, *[None] * (3 - len(fetched)))
+        is_one_file = pair.rgb == pair.thermal
+        try:
+            images = _read_images(paths, data, style, is_one_file=is_one_file)
+        except InputError as error:
+            raise BadFile(str(error)) from error
+        is_deep = read_header(paths.thermal).mode.startswith("I")  # 16 bits
+        must_be_written = (
+            is_one_file,
+            is_one_file or is_deep,
+            paths.label is None or style.is_binary or read_header(paths.label).mode != "L",
+        )
+        folders = (data.rgb_folder, data.thermal_folder, data.label_folder)
+        for folder, path, image, is_new in zip(
+            folders, paths, images, must_be_written, strict=True
+        ):
+            if image is not None and is_new:
+                write_png(part / folder / f"{pair.stem}.png", image)
+            elif image is not None:
+                _place(path, part / folder, pair.stem, style.use_links)
+
+
+def _read_images(paths: PairFiles, data: DataConfig, style: Style, *, is_one_file: bool) -> _Images:
+    """Read and check a pair; InputError says what is wrong with it."""
+    if is_one_file:
+        rgb, thermal = read_rgb_thermal(paths.rgb)
+    else:
+        rgb, thermal = read_rgb(paths.rgb), read_thermal(paths.thermal)
+        check_size(paths.thermal, thermal, paths.rgb, rgb)
+    if paths.label is None:
+        return _Images(rgb, thermal, None)
+    label = read_any_label(paths.label, data.palette, is_binary=style.is_binary)
+    check_size(paths.label, label, paths.rgb, rgb)
+    check_classes(label, paths.label, data.num_classes)
+    return _Images(rgb, thermal, label)
 
 
 def _place(path: Path, folder: Path, stem: str, use_links: bool) -> None:
     """Copy or link a file as folder/stem, its suffix in lower case: aside first, then renamed."""
     target = folder / f"{stem}{path.suffix.lower()}"
     aside = target.with_name(f".{target.name}.{os.getpid()}")
-    folder.mkdir(exist_ok=True)
-    if use_links:
-        aside.symlink_to(path.resolve())
-    else:
-        shutil.copyfile(path, aside)
-    aside.replace(target)
+    try:
+        folder.mkdir(exist_ok=True)
+        if use_links:
+            aside.symlink_to(path.resolve())
+        else:
+            shutil.copyfile(path, aside)
+        aside.replace(target)
+    except OSError as error:
+        raise InputError(f"cannot write {target}: {error.strerror}") from error
 
 
 def _present(root: Path, plan: Plan, data: DataConfig) -> dict[Path, set[str]]:

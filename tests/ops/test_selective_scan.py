@@ -1,9 +1,14 @@
 """Every backend of the selective scan against the float64 loop: outputs and all gradients."""
 
+import logging
+import os
+import shutil
+import threading
+
 import pytest
 import torch
 
-from models.ops.selective_scan import chunked, selective_scan
+from models.ops.selective_scan import chunked, native, selective_scan
 
 NAMES = ("u", "delta", "A", "B", "C", "D", "delta_bias")
 # Relative error ||out - truth|| / ||truth||. float32 sums of a few thousand terms stay below 1e-5;
@@ -11,9 +16,17 @@ NAMES = ("u", "delta", "A", "B", "C", "D", "delta_bias")
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 2e-3}
 
 
+HAS_COMPILER = any(map(shutil.which, ("c++", "g++"))) or "CXX" in os.environ
+needs_compiler = pytest.mark.skipif(not HAS_COMPILER, reason="there is no C++ compiler here")
+FAST = ["chunked", pytest.param("native", marks=needs_compiler)]
+# The dtype in which a backend is compared: its state's own.
+EXACT = {"reference": torch.float64, "chunked": torch.float64, "native": torch.float32}
+
+
 @pytest.fixture
 def small_blocks(monkeypatch):
-    """Blocks and chunks so small that short sequences cross every border."""
+    """Blocks, chunks and tiles so small that short sequences cross every border."""
+    monkeypatch.setattr(native, "_TILE_ELEMENTS", 1)
     monkeypatch.setitem(chunked._BLOCK_ELEMENTS, "cpu", 1)
     monkeypatch.setattr(chunked, "_LEAST_BLOCK", 23)
     monkeypatch.setattr(chunked, "_WIDE_STEP", 10**9)
@@ -74,14 +87,17 @@ def truth_of(inputs, **options):
 
 
 @pytest.mark.parametrize("length", [1, 2, 63, 64, 65, 1000])
-@pytest.mark.parametrize(("states", "channels", "groups"), [(1, 5, 1), (2, 6, 2), (16, 8, 4)])
-def test_chunked_equals_reference(length, states, channels, groups, small_blocks):
-    inputs = make_inputs(3, channels, states, length, groups)
-    assert_same(run(inputs, "chunked"), truth_of(inputs), TOLERANCE[torch.float64])
+@pytest.mark.parametrize(
+    ("states", "channels", "groups"), [(1, 5, 1), (2, 6, 2), (8, 4, 1), (16, 8, 4), (64, 2, 1)]
+)
+@pytest.mark.parametrize("backend", FAST)
+def test_equals_reference(backend, length, states, channels, groups, small_blocks):
+    inputs = make_inputs(3, channels, states, length, groups, EXACT[backend])
+    assert_same(run(inputs, backend), truth_of(inputs), TOLERANCE[EXACT[backend]])
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("backend", ["reference", "chunked"])
+@pytest.mark.parametrize("backend", ["reference", *FAST])
 def test_dtypes(dtype, backend):
     inputs = make_inputs(2, 6, 4, 150, 2, dtype)
     ours = run(inputs, backend)
@@ -90,7 +106,7 @@ def test_dtypes(dtype, backend):
     assert selective_scan(**inputs, backend=backend).dtype == leaf.dtype
 
 
-@pytest.mark.parametrize("backend", ["reference", "chunked"])
+@pytest.mark.parametrize("backend", ["reference", *FAST])
 def test_mixed_dtypes_as_under_autocast(backend):
     inputs = make_inputs(1, 4, 2, 30, 1, torch.float32)
     inputs["B"] = inputs["B"].bfloat16()
@@ -99,59 +115,63 @@ def test_mixed_dtypes_as_under_autocast(backend):
 
 
 @pytest.mark.parametrize("softplus", [True, False])
-def test_optional_arguments(softplus):
-    inputs = make_inputs(2, 3, 2, 17, 1)
+@pytest.mark.parametrize("backend", FAST)
+def test_optional_arguments(backend, softplus):
+    inputs = make_inputs(2, 3, 2, 17, 1, EXACT[backend])
     if not softplus:
         inputs["delta"] = inputs["delta"].abs()
         inputs["delta_bias"] = inputs["delta_bias"].abs()
     assert_same(
-        run(inputs, "chunked", delta_softplus=softplus),
+        run(inputs, backend, delta_softplus=softplus),
         truth_of(inputs, delta_softplus=softplus),
-        TOLERANCE[torch.float64],
+        TOLERANCE[EXACT[backend]],
     )
     bare = {name: inputs[name] for name in ("u", "delta", "A", "B", "C")}
-    assert_same(run(bare, "chunked"), truth_of(bare), TOLERANCE[torch.float64])
+    assert_same(run(bare, backend), truth_of(bare), TOLERANCE[EXACT[backend]])
 
 
 @pytest.mark.parametrize("exponent", [-1e-6, -1e-2, -1.0, -100.0])
-def test_extreme_decay_neither_overflows_nor_drifts(exponent, small_blocks):
+@pytest.mark.parametrize("backend", FAST)
+def test_extreme_decay_neither_overflows_nor_drifts(backend, exponent, small_blocks):
     """dt·A from almost no decay to instant decay, in float32."""
     inputs = make_inputs(1, 2, 2, 700, 1, torch.float32)
     inputs["A"] = torch.full_like(inputs["A"], exponent)
     inputs["delta"] = torch.ones_like(inputs["delta"])
     inputs["delta_bias"] = torch.zeros_like(inputs["delta_bias"])
-    ours = run(inputs, "chunked", delta_softplus=False)
+    ours = run(inputs, backend, delta_softplus=False)
     assert all(torch.isfinite(value).all() for value in ours.values())
     truth = truth_of(inputs, delta_softplus=False)
     del ours["A"], truth["A"]  # at -100 its true gradient is a difference of rounding errors
     assert_same(ours, truth, TOLERANCE[torch.float32])
 
 
-def test_long_sequence_does_not_drift():
+@pytest.mark.parametrize("backend", FAST)
+def test_long_sequence_does_not_drift(backend):
     inputs = make_inputs(1, 1, 1, 100_001, 1, torch.float32)
-    ours = selective_scan(**inputs, backend="chunked")[..., -200:].double()
+    ours = selective_scan(**inputs, backend=backend)[..., -200:].double()
     truth = selective_scan(**{k: v.double() for k, v in inputs.items()}, backend="chunked")
     assert (ours - truth[..., -200:]).norm() / truth[..., -200:].norm() < 1e-5
 
 
-def test_batch_equals_singles():
-    inputs = make_inputs(3, 4, 2, 40, 2)
-    together = selective_scan(**inputs, backend="chunked")
+@pytest.mark.parametrize("backend", FAST)
+def test_batch_equals_singles(backend):
+    inputs = make_inputs(3, 4, 2, 40, 2, EXACT[backend])
+    together = selective_scan(**inputs, backend=backend)
     for index in range(3):
         single = {
             name: value[index : index + 1] if value.dim() > 2 else value
             for name, value in inputs.items()
         }
-        torch.testing.assert_close(selective_scan(**single, backend="chunked")[0], together[index])
+        torch.testing.assert_close(selective_scan(**single, backend=backend)[0], together[index])
 
 
-@pytest.mark.parametrize("backend", ["reference", "chunked"])
+@pytest.mark.parametrize("backend", ["reference", *FAST])
 def test_empty_batch(backend):
     inputs = make_inputs(0, 4, 2, 5, 2, torch.float32)
     assert selective_scan(**inputs, backend=backend).shape == (0, 4, 5)
 
 
-@pytest.mark.parametrize("backend", ["reference", "chunked"])
+@pytest.mark.parametrize("backend", ["reference", "chunked"])  # of float64
 def test_gradcheck(backend, small_blocks):
     inputs = make_inputs(1, 2, 2, 20, 1)
     leaves = [value.requires_grad_() for value in inputs.values()]
@@ -162,17 +182,19 @@ def test_gradcheck(backend, small_blocks):
     assert torch.autograd.gradcheck(scan, leaves)
 
 
-def test_non_contiguous_inputs():
-    inputs = make_inputs(2, 4, 2, 33, 1)
+@pytest.mark.parametrize("backend", FAST)
+def test_non_contiguous_inputs(backend):
+    inputs = make_inputs(2, 4, 2, 33, 1, EXACT[backend])
     strided = dict(inputs)
     strided["u"] = inputs["u"].transpose(1, 2).contiguous().transpose(1, 2)
     strided["B"] = inputs["B"].flip(-1).contiguous().flip(-1)[:, :, :, :]
     torch.testing.assert_close(
-        selective_scan(**strided, backend="chunked"), selective_scan(**inputs, backend="chunked")
+        selective_scan(**strided, backend=backend), selective_scan(**inputs, backend=backend)
     )
 
 
-def test_saved_memory_does_not_grow_with_the_states():
+@pytest.mark.parametrize("backend", FAST)
+def test_saved_memory_does_not_grow_with_the_states(backend):
     """What autograd keeps is O(B·D·L): 32 times the states may not even double it."""
 
     def saved_bytes(states):
@@ -186,7 +208,7 @@ def test_saved_memory_does_not_grow_with_the_states():
 
         inputs["u"].requires_grad_()
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-            selective_scan(**inputs, backend="chunked")
+            selective_scan(**inputs, backend=backend)
         own = sum(inputs[name].numel() * 4 for name in ("B", "C"))
         return total - own
 
@@ -226,3 +248,94 @@ def test_unknown_and_unavailable_backends():
         selective_scan(**inputs, backend="fast")
     with pytest.raises(RuntimeError, match="mamba_ssm"):
         selective_scan(**inputs, backend="mamba_ssm")
+
+
+@needs_compiler
+def test_native_gives_the_same_on_any_number_of_threads():
+    """Parts of a group's channels have gradients of B and C of their own."""
+    inputs = make_inputs(1, 7, 3, 100, 1, torch.float32)
+    truth = truth_of(inputs)
+    before = torch.get_num_threads()
+    try:
+        for threads in (1, 2, 5, 16):
+            torch.set_num_threads(threads)
+            assert_same(run(inputs, "native"), truth, TOLERANCE[torch.float32])
+    finally:
+        torch.set_num_threads(before)
+
+
+@needs_compiler
+@pytest.mark.parametrize("backend", ["auto", "native"])
+def test_native_compiles_into_a_graph(backend):
+    inputs = make_inputs(1, 4, 2, 30, 2, torch.float32)
+
+    def scan(*values):
+        return selective_scan(**dict(zip(NAMES, values, strict=True)), backend=backend)
+
+    compiled = torch.compile(scan, fullgraph=True, backend="aot_eager")
+    leaves = [value.clone().requires_grad_() for value in inputs.values()]
+    y = compiled(*leaves)
+    gradients = torch.autograd.grad(y.sum(), leaves)
+    expected = scan(*leaves)
+    torch.testing.assert_close(y, expected)
+    torch.testing.assert_close(gradients, torch.autograd.grad(expected.sum(), leaves))
+
+
+@pytest.fixture
+def fresh_library(monkeypatch, tmp_path):
+    """No library loaded yet, and an empty cache."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    native.load_library.cache_clear()
+    yield tmp_path / "cmfs"
+    native.load_library.cache_clear()
+
+
+@needs_compiler
+def test_native_is_compiled_once(fresh_library, monkeypatch, caplog):
+    caplog.set_level(logging.INFO)
+    assert native.load_library() is not None
+    (library,) = fresh_library.iterdir()
+    assert [record.getMessage() for record in caplog.records] == [
+        f"compiled the native scan into {library}"
+    ]
+    native.load_library.cache_clear()
+    monkeypatch.setattr(native, "_compile", None)  # calling it would fail
+    assert native.load_library() is not None
+
+
+@needs_compiler
+def test_native_is_compiled_by_several_at_once(fresh_library):
+    threads = [threading.Thread(target=native._cached_library) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert [path.suffix for path in fresh_library.iterdir()] == [".so"]
+    assert native.load_library() is not None
+
+
+@pytest.mark.parametrize("compiler", ["", "/nowhere/c++", "false"], ids=["none", "missing", "bad"])
+def test_without_a_compiler_auto_takes_the_chunked_scan(
+    compiler, fresh_library, monkeypatch, caplog
+):
+    from models.ops.selective_scan import dispatch
+
+    caplog.set_level(logging.INFO)
+    monkeypatch.setenv("CXX", compiler)
+    monkeypatch.setattr(native.shutil, "which", lambda name: None)
+    dispatch._find_fastest.cache_clear()
+    inputs = make_inputs(1, 2, 1, 5, 1, torch.float32)
+    try:
+        assert_same(run(inputs, "auto"), truth_of(inputs), TOLERANCE[torch.float32])
+        said = [record.getMessage() for record in caplog.records]
+        assert said[0].startswith("no native scan, taking the one in PyTorch: ")
+        assert said[1] == "selective scan on cpu: backend chunked"
+        with pytest.raises(RuntimeError, match="needs a C\\+\\+ compiler"):
+            selective_scan(**inputs, backend="native")
+    finally:
+        dispatch._find_fastest.cache_clear()
+
+
+def test_native_refuses_float64():
+    with pytest.raises(RuntimeError, match="use 'chunked' for float64"):
+        selective_scan(**make_inputs(1, 2, 1, 5, 1), backend="native")

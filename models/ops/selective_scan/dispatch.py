@@ -9,11 +9,12 @@ import torch
 from torch import Tensor
 
 from models.ops.selective_scan.chunked import selective_scan_chunked
+from models.ops.selective_scan.native import load_library, selective_scan_native
 from models.ops.selective_scan.reference import selective_scan_reference
 
 log = logging.getLogger(__name__)
 
-Backend = Literal["auto", "reference", "chunked", "triton", "mamba_ssm"]
+Backend = Literal["auto", "reference", "chunked", "native", "triton", "mamba_ssm"]
 BACKENDS: tuple[str, ...] = get_args(Backend)
 
 
@@ -47,21 +48,40 @@ def selective_scan(
         RuntimeError: a backend asked for by name cannot run here.
     """
     _check(u, delta, A, B, C, D, delta_bias)
-    scan = _implementation(backend, u.device.type, u.dtype == torch.float64)
+    if backend == "auto":
+        backend = _fastest(u.device.type, u.dtype == torch.float64)
+    scan = _implementation(backend, u.device.type)
     return scan(u, delta, A, B, C, D, delta_bias, delta_softplus)
 
 
-@functools.lru_cache(maxsize=16)  # so that "auto" says once per device what it chose
-def _implementation(backend: str, device_type: str, is_float64: bool):
-    if backend == "auto":
-        has_triton = importlib.util.find_spec("triton") is not None
-        is_gpu = device_type == "cuda" and has_triton and not is_float64
-        backend = "triton" if is_gpu else "chunked"
-        log.info("selective scan on %s: backend %s", device_type, backend)
+@torch.compiler.assume_constant_result
+def _fastest(device_type: str, is_float64: bool) -> str:
+    """What "auto" takes. A compiler need not look into how it is found."""
+    return _find_fastest(device_type, is_float64)
+
+
+@functools.cache  # so that the log says it once
+def _find_fastest(device_type: str, is_float64: bool) -> str:
+    has_triton = device_type == "cuda" and importlib.util.find_spec("triton") is not None
+    if is_float64:
+        backend = "chunked"  # the only fast one with a state of float64
+    elif has_triton:
+        backend = "triton"
+    elif device_type == "cpu" and load_library() is not None:
+        backend = "native"
+    else:
+        backend = "chunked"
+    log.info("selective scan on %s: backend %s", device_type, backend)
+    return backend
+
+
+def _implementation(backend: str, device_type: str):
     if backend == "reference":
         return selective_scan_reference
     if backend == "chunked":
         return selective_scan_chunked
+    if backend == "native":
+        return selective_scan_native
     if backend == "triton":
         return _triton()
     if backend == "mamba_ssm":
