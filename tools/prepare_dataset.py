@@ -191,8 +191,8 @@ def make_config(
         return load_config(options.config or options.kind).data, None
     with _bar(len(plan.pairs), "label") as bar:
         names, palette = find_classes(source, plan, is_binary=options.binary, on_label=bar.update)
-    out = options.out or Path("datasets", options.source.stem)
-    data, text = custom_config(out, names, palette)
+    name = options.source.resolve().name.removesuffix(".zip")
+    data, text = custom_config(options.out or Path("datasets", name), names, palette)
     return data, text if plan.has_labels else None
 
 
