@@ -235,7 +235,7 @@ def prepare(
 def describe(source: Source, plan: Plan, options: argparse.Namespace) -> dict[str, Any]:
     """What makes two preparations the same: the files, the lists and the options."""
     lists = json.dumps(plan.all_lists(), sort_keys=True).encode()
-    names = ("link", "skip_bad", "thermal_raw", "binary", "config")
+    names = ("link", "thermal_raw", "binary", "config")
     return {
         "version": _VERSION,
         "dataset": options.kind,

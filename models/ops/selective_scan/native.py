@@ -18,6 +18,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from models.ops.selective_scan.gradients import register_gradients
+
 log = logging.getLogger(__name__)
 
 _SOURCE = Path(__file__).with_name("native.cpp")
@@ -183,26 +185,7 @@ def _(grad_y, u, delta, A, B, C, D, delta_bias, borders, delta_softplus):
     return *whole, vector, torch.empty_like(vector)
 
 
-def _setup_context(ctx, inputs, output) -> None:
-    *tensors, ctx.delta_softplus = inputs
-    ctx.save_for_backward(*tensors, output[1])
-    ctx.set_materialize_grads(False)
-
-
-def _differentiate(ctx, grad_y: Tensor | None, _grad_borders: None) -> tuple[Tensor | None, ...]:
-    if grad_y is None:
-        return (None,) * 8
-    *gradients, grad_D, grad_bias = _backward(grad_y, *ctx.saved_tensors, ctx.delta_softplus)
-    D, delta_bias = ctx.saved_tensors[5:7]
-    return (
-        *gradients,
-        None if D is None else grad_D,
-        None if delta_bias is None else grad_bias,
-        None,
-    )
-
-
-_forward.register_autograd(_differentiate, setup_context=_setup_context)
+register_gradients(_forward, _backward)
 
 
 def _tile(states: int) -> int:

@@ -13,6 +13,7 @@ import torch
 import triton
 from torch import Tensor
 
+from models.ops.selective_scan.gradients import register_gradients
 from models.ops.selective_scan.kernels import (
     _carry_kernel,
     _chunk_ends_kernel,
@@ -236,26 +237,7 @@ def _(grad_y, u, delta, A, B, C, D, delta_bias, states, delta_softplus):
     )
 
 
-def _setup_context(ctx, inputs, output) -> None:
-    *tensors, ctx.delta_softplus = inputs
-    ctx.save_for_backward(*tensors, output[1])
-    ctx.set_materialize_grads(False)
-
-
-def _differentiate(ctx, grad_y: Tensor | None, _grad_states: None) -> tuple[Tensor | None, ...]:
-    if grad_y is None:
-        return (None,) * 8
-    gradients = _backward(grad_y, *ctx.saved_tensors, ctx.delta_softplus)
-    D, delta_bias = ctx.saved_tensors[5:7]
-    return (
-        *gradients[:5],
-        None if D is None else gradients[5],
-        None if delta_bias is None else gradients[6],
-        None,
-    )
-
-
-_forward.register_autograd(_differentiate, setup_context=_setup_context)
+register_gradients(_forward, _backward)
 
 
 class _Sizes(NamedTuple):
