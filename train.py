@@ -22,6 +22,7 @@ import torch
 
 from configs import load_config
 from dataloader.build import build_eval_loader, build_train_loader
+from dataloader.check import refuse_bad_lists
 from engine.state import starting_point
 from engine.trainer import fit
 from models import build_model
@@ -60,6 +61,7 @@ def main() -> int:
     ranks = {"rank": devices.rank, "world_size": devices.world_size}
     val_loader = build_eval_loader(config, "val", need_labels=True, **ranks)
     train_loader = build_train_loader(config, **ranks)
+    refuse_bad_lists(config.data)
     model = build_model(config, from_checkpoint=resume_from is not None)
     stopped_by = fit(
         config,

@@ -1,6 +1,7 @@
 """What is wrong with a set in its place: lists, files, labels, duplicates, registration."""
 
 import hashlib
+import logging
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -16,6 +17,8 @@ from dataloader.registration import Shift, common_shift, far_pairs, measure_shif
 from dataloader.transforms import Pair
 from utils.errors import InputError
 from utils.image import UNKNOWN_LABEL
+
+log = logging.getLogger(__name__)
 
 SPLITS = ("train", "val", "test")  # each pair belongs to one of them
 PARTS = ("test_day", "test_night")  # they divide test
@@ -85,6 +88,18 @@ def check_lists(data: DataConfig) -> Report:
             except InputError as error:
                 report.error(f"{name}: {error}")
     return report
+
+
+def refuse_bad_lists(data: DataConfig) -> None:
+    """check_lists at the start of a training: its warnings go to the log.
+
+    Raises:
+        InputError: its first error.
+    """
+    for finding in check_lists(data).findings:
+        if finding.is_error:
+            raise InputError(finding.text)
+        log.warning("%s", finding.text)
 
 
 def check_dataset(

@@ -97,6 +97,20 @@ def test_missing_validation_list_is_found_before_the_first_step(run_train, argum
     assert not list(tmp_path.rglob("*.pth"))
 
 
+def test_a_pair_that_trains_and_validates_is_refused(run_train, arguments, tmp_path):
+    data = tmp_path / "data"
+    data.mkdir()
+    source = Path(arguments[5].partition("=")[2])
+    for entry in source.iterdir():
+        if entry.name != "train.txt":
+            (data / entry.name).symlink_to(entry)
+    lists = [(source / f"{split}.txt").read_text() for split in ("train", "val")]
+    (data / "train.txt").write_text("".join(lists))
+    outcome = run_train(*arguments, f"data.dataset_path={data}")
+    assert_one_error_line(outcome, "leakage: 2 names are in train.txt and in val.txt")
+    assert not list(tmp_path.rglob("*.pth"))
+
+
 def test_help_is_the_manual(run_train):
     code, out, _ = run_train("--help")
     assert code == 0

@@ -12,13 +12,13 @@ import subprocess
 import sys
 from pathlib import Path
 
-import numpy as np
 import yaml
 
 if __name__ == "__main__":  # started as a file: the project's packages lie one folder up
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from configs import available_names, load_config
+from dataloader.prepare.classes import distinct_colors
 from utils.cli import Parser, run_main
 from utils.errors import InputError
 from utils.image import read_label
@@ -93,11 +93,9 @@ def classes_of(folder: Path, label_folder: str) -> dict:
     for path in labels:
         values = read_label(path)
         largest = max(largest, int(values[values != 255].max(initial=0)))
-    hues = np.linspace(0, 2 * np.pi, largest, endpoint=False)[:, None]
-    colours = 127.5 + 127.5 * np.cos(hues + np.array([0, 2, 4]) * np.pi / 3)
     return {
         "class_names": ["background", *(f"class {value}" for value in range(1, largest + 1))],
-        "palette": [[0, 0, 0], *colours.round().astype(int).tolist()],
+        "palette": [list(color) for color in distinct_colors(largest + 1)],
     }
 
 
