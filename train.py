@@ -6,8 +6,10 @@ best.pth. Ctrl-C and SIGTERM save the exact state and end the run; --resume goes
 Examples:
     python train.py -n demo -d cpu
     python train.py -n fmb --set train.batch_size=2 data.dataset_path=/data/FMB
+    python train.py -n mfnet -d 0,1
     torchrun --nproc_per_node=2 --master_port=29588 train.py -d 0,1 -p 29588 -n mfnet
     python train.py -n mfnet --resume
+    python train.py -n mfnet --resume experiment/MFNet/exp/checkpoint/epoch-previous.pth
     python train.py -n mfnet --exp bf16 --set train.precision=bf16
     tensorboard --logdir experiment
 
@@ -27,7 +29,7 @@ from engine.state import starting_point
 from engine.trainer import fit
 from models import build_model
 from utils.cli import common_parser, run_main
-from utils.distributed import is_main_process, setup_devices, shutdown
+from utils.distributed import is_main_process, setup_devices, shutdown, start_processes
 from utils.log import setup_logging
 from utils.run_folder import RunFolder
 from utils.seed import seed_everything
@@ -39,8 +41,11 @@ def parse_arguments() -> argparse.Namespace:
     parser = common_parser(__doc__)
     parser.add_argument(
         "--resume",
-        action="store_true",
-        help="go on exactly where epoch-last.pth of the run folder stopped",
+        nargs="?",
+        const=True,
+        default=False,
+        metavar="FILE",
+        help="go on exactly where epoch-last.pth of the run folder stopped, or where FILE did",
     )
     return parser.parse_args()
 
@@ -48,6 +53,7 @@ def parse_arguments() -> argparse.Namespace:
 def main() -> int:
     arguments = parse_arguments()
     config = load_config(arguments.dataset_name, arguments.set)
+    start_processes(arguments.devices, arguments.port)
     folder = RunFolder(config, arguments.exp)
     resume_from = starting_point(folder, resume=arguments.resume)
     setup_logging(folder.log_file, main=is_main_process())

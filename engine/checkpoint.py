@@ -1,17 +1,14 @@
 """Checkpoints: written whole or not at all, read without running code, checked against the config.
 
 A file holds the network's tensors, the resolved config, counters, metrics and, in epoch-last.pth,
-the training state. Everything inside is a tensor, dict, list, str, number or None.
+the training state. Everything inside is a tensor, dict, list, str, number or None. Beside it lies
+its SHA-256, which every read compares.
 """
 
-import errno
 import json
-import os
 import re
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, NamedTuple
 
 import safetensors
 import safetensors.torch
@@ -20,11 +17,11 @@ from pydantic import ValidationError
 from torch import Tensor
 
 from configs import Config
+from engine.atomic import digest_file, is_intact, remove, replacing
 from models import CMFS, build_model
 from utils.errors import InputError
 
 _SUFFIXES = (".pth", ".safetensors")
-_DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
 class Checkpoint(NamedTuple):
@@ -48,6 +45,7 @@ def save_checkpoint(
     step: int,
     training_state: dict[str, Any] | None = None,
     metrics: dict[str, Any] | None = None,
+    previous: Path | None = None,
 ) -> None:
     """Write a checkpoint: aside first, then renamed, so that `path` is the old or the new file.
 
@@ -55,25 +53,34 @@ def save_checkpoint(
         path: .pth, or .safetensors (for use elsewhere; without training state).
         epoch, step: whole epochs and steps done.
         metrics: plain JSON values.
+        previous: where the file that was there stays; None lets it go.
     Raises:
         InputError: the disk is full or the folder cannot be written; the file that was there stays.
     """
-    path = Path(path)
-    tensors = {name: tensor.detach().cpu() for name, tensor in model.state_dict().items()}
-    header = {
-        "config": config.model_dump(mode="json"),
-        "epoch": epoch,
-        "step": step,
-        "metrics": json.loads(json.dumps(metrics or {})),
-        "text_prior": model.text_prior.source,
-    }
+    content = Checkpoint(
+        model={name: tensor.detach().cpu() for name, tensor in model.state_dict().items()},
+        config=config.model_dump(mode="json"),
+        epoch=epoch,
+        step=step,
+        training_state=training_state,
+        metrics=json.loads(json.dumps(metrics or {})),
+        text_prior=model.text_prior.source,
+    )
+    write_checkpoint(path, content, previous=previous)
+
+
+def write_checkpoint(
+    path: str | Path, checkpoint: Checkpoint, *, previous: Path | None = None
+) -> None:
+    """Write what load_checkpoint reads; see save_checkpoint."""
+    path, content = Path(path), checkpoint._asdict()
     if path.suffix == ".pth":
-        with _replacing(path) as file:
-            torch.save({**header, "model": tensors, "training_state": training_state}, file)
-    elif path.suffix == ".safetensors" and training_state is None:
-        metadata = {key: json.dumps(value) for key, value in header.items()}
-        tensors = {name: tensor.contiguous() for name, tensor in tensors.items()}
-        with _replacing(path) as file:
+        with replacing(path, previous=previous) as file:
+            torch.save(content, file)
+    elif path.suffix == ".safetensors" and content.pop("training_state") is None:
+        tensors = {name: tensor.contiguous() for name, tensor in content.pop("model").items()}
+        metadata = {key: json.dumps(value) for key, value in content.items()}
+        with replacing(path, previous=previous) as file:
             file.write(safetensors.torch.save(tensors, metadata))
     else:
         raise ValueError(
@@ -85,19 +92,25 @@ def load_checkpoint(path: str | Path) -> Checkpoint:
     """Read a .pth or .safetensors checkpoint of this project onto the CPU; no code in it can run.
 
     Raises:
-        InputError: missing, cut short, or not a checkpoint of this project.
+        InputError: missing, cut short, changed since it was written, or not a checkpoint of this
+            project; the message names the one before it, where there is one.
     """
     path = Path(path)
     if path.suffix not in _SUFFIXES:
         raise InputError(f"checkpoint {path} must end in .pth or .safetensors")
     if not path.is_file():
         raise InputError(f"checkpoint {path} does not exist")
+    if not is_intact(path):
+        raise InputError(
+            f"checkpoint {path} is not the file that {digest_file(path).name} was made for: it is "
+            f"cut short, damaged or another one{_offer(path)}"
+        )
     try:
         content = _read_pth(path) if path.suffix == ".pth" else _read_safetensors(path)
     except Exception as error:  # inside a foreign file a reader can fail in any way
         raise InputError(
             f"checkpoint {path} cannot be read: it is cut short, or holds more than plain tensors "
-            f"and values ({type(error).__name__}); take another checkpoint"
+            f"and values ({type(error).__name__}){_offer(path)}"
         ) from error
     return _check_content(path, content)
 
@@ -213,48 +226,23 @@ def list_epochs(folder: str | Path) -> dict[int, Path]:
 def remove_old_epochs(folder: str | Path, keep_last: int) -> None:
     """Delete epoch-N.pth files but for the newest `keep_last`."""
     for path in list(list_epochs(folder).values())[:-keep_last]:
-        path.unlink()
+        remove(path)
 
 
-@contextmanager
-def _replacing(path: Path) -> Iterator[BinaryIO]:
-    """A file to write beside `path`; it takes the place of `path` once it is on the disk."""
-    partial = path.with_name(f".{path.name}.partial")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with partial.open("wb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, path)
-        _sync_folder(path.parent)
-    except BaseException as error:
-        if partial.exists():
-            partial.unlink()
-        _explain_write_error(path, error)
-        raise
+def _offer(path: Path) -> str:
+    """How to go on where a file is broken: with the newest whole one that is no newer than it."""
+    age = path.stat().st_mtime_ns
+    others = [p for p in path.parent.iterdir() if p.suffix in _SUFFIXES and p != path]
+    older = [p for p in others if p.stat().st_mtime_ns <= age]
 
+    def rank(other: Path) -> tuple[bool, int]:
+        can_replace = (path.stem, other.stem) == ("epoch-last", "epoch-previous")
+        return can_replace, other.stat().st_mtime_ns
 
-def _sync_folder(folder: Path) -> None:
-    """Put the rename itself on the disk."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _explain_write_error(path: Path, error: BaseException) -> None:
-    """Raise an InputError where the disk, not the program, is at fault."""
-    cause: BaseException | None = error
-    while cause is not None and not isinstance(cause, OSError):
-        cause = cause.__context__  # torch.save hides the file's own error behind a RuntimeError
-    if cause is None:
-        return
-    reason = "disk full" if cause.errno in _DISK_FULL else f"cannot write ({cause.strerror})"
-    raise InputError(
-        f"{reason} while saving {path}; the previous checkpoint is intact: make room, then --resume"
-    ) from error
+    for other in sorted(older, key=rank, reverse=True):
+        if is_intact(other):
+            return f"; the one before it is {other}"
+    return "; take another checkpoint"
 
 
 def _read_pth(path: Path) -> Any:

@@ -63,13 +63,22 @@ class TrainingState:
         return self.step >= self.total_steps
 
 
-def starting_point(folder: RunFolder, *, resume: bool) -> Path | None:
+def starting_point(folder: RunFolder, *, resume: bool | str) -> Path | None:
     """The checkpoint to go on from, or None for a new run.
 
+    Args:
+        resume: True goes on from epoch-last.pth; the path of a file goes on from that one.
     Raises:
-        InputError: a new run would write into the folder of another one.
+        InputError: the run would write into the folder of another one.
     """
     found = sorted(path.name for path in folder.checkpoints.glob("*.pth"))
+    if isinstance(resume, str):
+        if found and Path(resume).resolve().parent != folder.checkpoints.resolve():
+            raise InputError(
+                f"{folder.path} already holds a run, and {resume} is not of it; go on from it in "
+                f"another folder with --exp NAME"
+            )
+        return Path(resume)
     if not found:
         return None
     if not resume:
@@ -80,7 +89,7 @@ def starting_point(folder: RunFolder, *, resume: bool) -> Path | None:
     if not folder.last_checkpoint.is_file():
         raise InputError(
             f"--resume needs {folder.last_checkpoint}, but there is only {', '.join(found)}; "
-            f"begin another run with --exp NAME"
+            f"go on from one with --resume FILE, or begin another run with --exp NAME"
         )
     return folder.last_checkpoint
 
@@ -146,6 +155,7 @@ def save_last(state: TrainingState, config: Config, folder: RunFolder) -> None:
             epoch=state.epochs_done,
             step=state.step,
             training_state=training_state,
+            previous=folder.previous_checkpoint,
         )
 
 
@@ -190,7 +200,9 @@ def restore(state: TrainingState, path: Path, config: Config, devices: Devices) 
     check_resume(path, checkpoint, config)
     saved = checkpoint.training_state
     if saved is None:
-        raise InputError(f"{path} holds no training state; only epoch-last.pth can be resumed")
+        raise InputError(
+            f"{path} holds no training state; only epoch-last.pth and epoch-previous.pth do"
+        )
     if saved["steps_per_epoch"] != state.steps_per_epoch:
         raise InputError(
             f"{path} was made with {saved['steps_per_epoch']} steps in an epoch, the data gives "

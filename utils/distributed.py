@@ -2,6 +2,7 @@
 
 import logging
 import os
+import sys
 from collections.abc import Iterable
 from typing import Any, NamedTuple
 
@@ -21,6 +22,28 @@ class Devices(NamedTuple):
     rank: int
     local_rank: int
     world_size: int
+
+
+def start_processes(devices: str | None, port: int | None) -> None:
+    """Become torchrun with one process per GPU, where -d lists several and nothing started them.
+
+    It starts this very command anew in each process. Returns where there is nothing to do.
+
+    Args:
+        devices: -d.
+        port: -p, of the rendezvous; None takes a free one.
+    Raises:
+        InputError: no such GPU.
+    """
+    indices = _parse_devices(devices)
+    if "WORLD_SIZE" in os.environ or indices is None or len(indices) < 2:
+        return
+    for index in indices:
+        _check_visible(index)
+    rendezvous = "--standalone" if port is None else f"--master_port={port}"
+    launcher = ["-m", "torch.distributed.run", rendezvous, f"--nproc_per_node={len(indices)}"]
+    sys.stdout.flush()
+    os.execv(sys.executable, [sys.executable, *launcher, *sys.argv])
 
 
 def setup_devices(devices: str | None, port: int | None) -> Devices:
@@ -121,10 +144,10 @@ def _parse_devices(devices: str | None) -> list[int] | None:
 def _check_single_process(indices: list[int] | None, port: int | None) -> None:
     if indices is not None and len(indices) > 1:
         chosen = ",".join(map(str, indices))
+        rendezvous = "--standalone" if port is None else f"--master_port={port}"
         raise InputError(
             f"-d {chosen} names {len(indices)} GPUs, but this is one process; start one for each: "
-            f"torchrun --nproc_per_node={len(indices)} --master_port={port or 29500} train.py "
-            f"-d {chosen} ..."
+            f"torchrun --nproc_per_node={len(indices)} {rendezvous} train.py -d {chosen} ..."
         )
     if indices is None and torch.cuda.device_count() > 1:
         log.info(
@@ -153,14 +176,19 @@ def _choose_device(indices: list[int] | None, local_rank: int) -> torch.device:
     visible = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if indices == [] or (indices is None and visible == 0):
         return torch.device("cpu")
-    if visible == 0:
-        raise InputError("-d asks for a GPU, but no CUDA device is visible; use -d cpu")
     listed = indices is not None and len(indices) == local_world_size
     index = indices[local_rank] if indices and listed else local_rank
+    _check_visible(index)
+    return torch.device("cuda", index)
+
+
+def _check_visible(index: int) -> None:
+    visible = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if visible == 0:
+        raise InputError("-d asks for a GPU, but no CUDA device is visible; use -d cpu")
     if index >= visible:
         raise InputError(
             f"GPU {index} is not visible: this machine shows {visible}, numbered from 0 "
             f"(CUDA_VISIBLE_DEVICES={os.environ.get('CUDA_VISIBLE_DEVICES', 'unset')}); "
             f"choose others with -d, or fewer processes"
         )
-    return torch.device("cuda", index)

@@ -1,6 +1,6 @@
 """The formulas behind the fusion metrics, each on grey images (B, H, W) float64 in 0..255 -> (B,).
 
-None gives NaN: where a formula has no value on a constant image, its docstring says what stands in.
+Where a formula has no value on a constant or small image, its docstring says what stands in.
 """
 
 import math
@@ -48,12 +48,12 @@ def mean_squared_error(thermal: Tensor, rgb: Tensor, fused: Tensor) -> Tensor:
 
 
 def correlation(first: Tensor, second: Tensor) -> Tensor:
-    """Pearson's correlation; 0 where an image is constant."""
+    """Pearson's correlation; NaN where an image is constant."""
     first = first - first.mean((1, 2), keepdim=True)
     second = second - second.mean((1, 2), keepdim=True)
     scale = torch.sqrt(first.square().sum((1, 2)) * second.square().sum((1, 2)))
     product = (first * second).sum((1, 2))
-    return torch.where(scale > 0, product / scale.clamp_min(1e-300), torch.zeros_like(scale))
+    return product / scale
 
 
 def sum_of_correlations_of_differences(thermal: Tensor, rgb: Tensor, fused: Tensor) -> Tensor:
@@ -64,8 +64,11 @@ def sum_of_correlations_of_differences(thermal: Tensor, rgb: Tensor, fused: Tens
 def visual_information_fidelity(source: Tensor, fused: Tensor) -> Tensor:
     """Pixel-domain VIF (Sheikh and Bovik, 2006) over 4 scales, noise variance 2.
 
-    1 where the source is constant, because nothing can be lost.
+    1 where the source is constant, because nothing can be lost; NaN where min(H, W) < 41, because
+    the last scale has no room for its window.
     """
+    if min(source.shape[1:]) < 41:
+        return source.new_full((len(source),), math.nan)
     noise, epsilon = 2.0, 1e-10
     kept = available = torch.zeros(len(source), dtype=source.dtype, device=source.device)
     for scale in range(4):

@@ -41,6 +41,11 @@ class RunFolder:
         return self.checkpoints / "epoch-last.pth"
 
     @property
+    def previous_checkpoint(self) -> Path:
+        """What epoch-last.pth was before it was last written."""
+        return self.checkpoints / "epoch-previous.pth"
+
+    @property
     def best_checkpoint(self) -> Path:
         return self.checkpoints / "best.pth"
 

@@ -3,13 +3,13 @@
 import errno
 import os
 import pickle
+import resource
 from pathlib import Path
 
 import pytest
 import torch
 
 from configs import load_config
-from engine import checkpoint as checkpoint_module
 from engine.checkpoint import (
     load_checkpoint,
     load_model,
@@ -37,6 +37,10 @@ def saved(model, tmp_path) -> Path:
     return path
 
 
+def files_in(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
 def assert_same_tensors(found, expected):
     assert found.keys() == expected.keys()
     assert all(torch.equal(found[name], expected[name]) for name in expected)
@@ -52,7 +56,7 @@ def test_round_trip(model, tmp_path, suffix):
     assert found.config == CONFIG.model_dump(mode="json")
     assert (found.epoch, found.step, found.metrics) == (3, 12, metrics)
     assert (found.training_state, found.text_prior) == (None, model.text_prior.source)
-    assert [p.name for p in tmp_path.iterdir()] == [path.name], "a file was left beside it"
+    assert sorted(p.name for p in tmp_path.iterdir()) == [path.name, f"{path.name}.sha256"]
 
 
 def test_training_state_comes_back(model, tmp_path):
@@ -177,12 +181,28 @@ def full_disk(*_):
 
 @pytest.mark.parametrize("at", ["fsync", "replace"])
 def test_full_disk_leaves_the_old_checkpoint(model, saved, monkeypatch, at):
-    before = saved.read_bytes()
-    monkeypatch.setattr(checkpoint_module.os, at, full_disk)
+    before = files_in(saved.parent)
+    monkeypatch.setattr(os, at, full_disk)
     with pytest.raises(InputError, match="disk full .* previous checkpoint is intact"):
         save_checkpoint(saved, model=model, config=CONFIG, epoch=4, step=16)
-    assert saved.read_bytes() == before
-    assert [p.name for p in saved.parent.iterdir()] == [saved.name], "the temporary file stayed"
+    after = files_in(saved.parent)
+    assert after[saved.name] == before[saved.name]
+    assert after.keys() <= before.keys(), "the temporary file stayed"
+    assert load_checkpoint(saved).step == 12
+
+
+def test_disk_that_fills_up_under_the_old_checkpoint(model, saved):
+    """A real limit on the size of files, half of what the checkpoint needs."""
+    before = files_in(saved.parent)
+    limit, most = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (saved.stat().st_size // 2, most))
+    try:
+        with pytest.raises(InputError, match="cannot write .* previous checkpoint is intact"):
+            save_checkpoint(saved, model=model, config=CONFIG, epoch=4, step=16)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, most))
+    assert files_in(saved.parent) == before
+    assert load_checkpoint(saved).step == 12
 
 
 @pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
@@ -213,6 +233,44 @@ def test_unwritable_folder_is_an_input_error(model, tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(InputError, match="cannot write"):
         save_checkpoint(tmp_path / "file" / "x.pth", model=model, config=CONFIG, epoch=0, step=0)
+
+
+def flip_a_weight(path: Path, model) -> None:
+    """Change one bit of the file inside a tensor, where no reader sees a mistake."""
+    content = bytearray(path.read_bytes())
+    where = content.index(next(model.parameters()).detach().numpy().tobytes())
+    content[where + 3] ^= 1
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
+def test_a_changed_bit_is_found_by_the_checksum(model, tmp_path, suffix):
+    path = tmp_path / f"best{suffix}"
+    save_checkpoint(path, model=model, config=CONFIG, epoch=3, step=12)
+    flip_a_weight(path, model)
+    with pytest.raises(InputError, match=rf"best{suffix} is not the file that .*\.sha256"):
+        load_checkpoint(path)
+    (tmp_path / f"best{suffix}.sha256").unlink()
+    load_checkpoint(path)  # the reader alone does not notice
+
+
+def test_the_one_before_a_broken_file_is_offered(model, tmp_path):
+    paths = [tmp_path / f"epoch-{epoch}.pth" for epoch in (5, 10, 15)]
+    for age, path in enumerate(paths):
+        save_checkpoint(path, model=model, config=CONFIG, epoch=age, step=age)
+    for path in paths[1:]:
+        path.write_bytes(path.read_bytes()[:-100])
+    for age, path in enumerate(paths):
+        os.utime(path, (age, age))
+    with pytest.raises(InputError, match=r"cut short.*; the one before it is .*/epoch-5\.pth$"):
+        load_checkpoint(paths[2])
+    (tmp_path / "epoch-15.pth.sha256").unlink()
+    with pytest.raises(InputError, match=r"cannot be read.*one before it is .*/epoch-5\.pth$"):
+        load_checkpoint(paths[2])
+    paths[0].write_bytes(b"")
+    os.utime(paths[0], (0, 0))
+    with pytest.raises(InputError, match="take another checkpoint$"):
+        load_checkpoint(paths[0])
 
 
 @pytest.fixture
@@ -266,7 +324,9 @@ def test_selection_in_a_missing_folder(tmp_path):
 
 
 def test_old_epochs_are_removed_by_number(folder):
+    (folder / "epoch-5.pth.sha256").touch()
     remove_old_epochs(folder, keep_last=2)
     assert {path.stem for path in folder.glob("*.pth")} == {
         "epoch-10", "epoch-100", "best", "epoch-last",
     }  # fmt: skip
+    assert not (folder / "epoch-5.pth.sha256").exists()

@@ -84,7 +84,7 @@ def run(
     config: Config,
     exp: str = "exp",
     *,
-    resume: bool = False,
+    resume: bool | str = False,
     build=build_small,
     devices: Devices = CPU,
 ) -> int:
@@ -296,8 +296,9 @@ def test_kept_epochs(configure, no_validation, start, every, keep, epochs):
     )
     run(config)
     folder = RunFolder(config).checkpoints
-    names = {"epoch-last.pth", *(f"epoch-{epoch}.pth" for epoch in epochs)}
-    assert {path.name for path in folder.iterdir()} == names
+    names = {"epoch-last", "epoch-previous", *(f"epoch-{epoch}" for epoch in epochs)}
+    files = {f"{name}.pth{end}" for name in names for end in ("", ".sha256")}
+    assert {path.name for path in folder.iterdir()} == files
 
 
 def test_last_checkpoint_waits_until_it_is_old_enough(configure, no_validation, monkeypatch):
@@ -420,6 +421,31 @@ def test_resume_needs_the_last_checkpoint(configure):
     folder = touch_checkpoints(configure(), "epoch-5.pth", "best.pth")
     with pytest.raises(InputError, match=r"epoch-last\.pth, but there is only best\.pth, epoch-5"):
         starting_point(folder, resume=True)
+
+
+def test_a_broken_last_checkpoint_offers_the_one_before_which_can_be_resumed(
+    configure, no_validation
+):
+    config = configure("train.epochs=3", "train.batch_size=8")
+    run(config, "whole")
+    folder = RunFolder(config)
+    run(config)
+    content = folder.last_checkpoint.read_bytes()
+    folder.last_checkpoint.write_bytes(content[: len(content) // 2])
+    with pytest.raises(InputError, match=r"the one before it is .*/epoch-previous\.pth$"):
+        run(config, resume=True)
+    assert load_checkpoint(folder.previous_checkpoint).step == 2
+    run(config, resume=str(folder.previous_checkpoint))
+    expected = load_checkpoint(RunFolder(config, "whole").last_checkpoint)
+    assert_same(load_checkpoint(folder.last_checkpoint)._asdict(), expected._asdict())
+
+
+def test_another_runs_checkpoint_is_resumed_in_an_empty_folder_alone(configure):
+    folder = touch_checkpoints(configure(), "epoch-last.pth")
+    other = str(folder.last_checkpoint)
+    assert starting_point(RunFolder(configure(), "new"), resume=other) == folder.last_checkpoint
+    with pytest.raises(InputError, match="already holds a run, and .* is not of it"):
+        starting_point(folder, resume=str(folder.path / "epoch-last.pth"))
 
 
 def test_resume_of_nothing_begins(configure):

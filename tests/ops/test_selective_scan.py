@@ -8,7 +8,8 @@ import threading
 import pytest
 import torch
 
-from models.ops.selective_scan import chunked, native, selective_scan
+from models.ops.native import library as native
+from models.ops.selective_scan import chunked, selective_scan
 
 NAMES = ("u", "delta", "A", "B", "C", "D", "delta_bias")
 # Relative error ||out - truth|| / ||truth||. float32 sums of a few thousand terms stay below 1e-5;

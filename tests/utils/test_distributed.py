@@ -1,6 +1,7 @@
 """Devices of one process; several connected ranks are in tests/engine/test_trainer.py."""
 
 import logging
+import sys
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from utils.distributed import (
     largest,
     reduce_sum,
     setup_devices,
+    start_processes,
     world_size,
 )
 from utils.errors import InputError
@@ -78,6 +80,41 @@ def test_two_gpus_in_one_process_are_told_the_command(machine):
     machine(2)
     with pytest.raises(InputError, match=r"torchrun --nproc_per_node=2 --master_port=29588 .* 0,1"):
         setup_devices("0,1", 29588)
+
+
+@pytest.mark.parametrize(
+    ("port", "rendezvous"), [(None, "--standalone"), (29588, "--master_port=29588")]
+)
+def test_several_gpus_start_torchrun_on_a_free_port_or_the_given_one(
+    machine, monkeypatch, port, rendezvous
+):
+    machine(2)
+    started = []
+    monkeypatch.setattr(distributed.os, "execv", lambda *command: started.append(command))
+    monkeypatch.setattr(sys, "argv", ["train.py", "-n", "demo; rm -rf x", "-d", "0,1"])
+    start_processes("0,1", port)
+    launcher = ["-m", "torch.distributed.run", rendezvous, "--nproc_per_node=2"]
+    assert started == [(sys.executable, [sys.executable, *launcher, *sys.argv])]
+
+
+@pytest.mark.parametrize("devices", [None, "cpu", "1"])
+def test_one_process_is_not_started_again(machine, monkeypatch, devices):
+    machine(2)
+    monkeypatch.setattr(distributed.os, "execv", lambda *_: pytest.fail("started"))
+    start_processes(devices, None)
+
+
+def test_torchruns_processes_start_no_others(machine, monkeypatch):
+    machine(2, local_world_size=2)
+    monkeypatch.setattr(distributed.os, "execv", lambda *_: pytest.fail("started"))
+    start_processes("0,1", None)
+
+
+def test_processes_for_a_gpu_that_is_not_there_are_not_started(machine, monkeypatch):
+    machine(2)
+    monkeypatch.setattr(distributed.os, "execv", lambda *_: pytest.fail("started"))
+    with pytest.raises(InputError, match="GPU 2 is not visible"):
+        start_processes("1,2", None)
 
 
 def test_gpu_without_cuda_is_refused(machine):

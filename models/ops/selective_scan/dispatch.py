@@ -8,8 +8,9 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
+from models.ops.native.library import load_library
 from models.ops.selective_scan.chunked import selective_scan_chunked
-from models.ops.selective_scan.native import load_library, selective_scan_native
+from models.ops.selective_scan.native import selective_scan_native
 from models.ops.selective_scan.reference import selective_scan_reference
 
 log = logging.getLogger(__name__)
