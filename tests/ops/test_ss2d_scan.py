@@ -1,12 +1,23 @@
 """The four-direction scan against its pixel-by-pixel reference: outputs and all gradients."""
 
+import os
+import shutil
+
 import pytest
 import torch
 
+from models.ops.native import library
 from models.ops.ss2d_scan import ss2d_scan
-from models.ops.ss2d_scan.composed import _permutations, _Permute
+from models.ops.ss2d_scan.composed import _Permute
+from models.ops.ss2d_scan.orders import scan_orders
 from models.ops.ss2d_scan.reference import pixel_orders
 
+HAS_COMPILER = any(map(shutil.which, ("c++", "g++"))) or "CXX" in os.environ
+needs_compiler = pytest.mark.skipif(not HAS_COMPILER, reason="there is no C++ compiler here")
+FAST = ["chunked", pytest.param("native", marks=needs_compiler)]
+# The dtype in which a backend is compared, its state's own, and how near it must come.
+EXACT = {"chunked": torch.float64, "native": torch.float32}
+TOLERANCE = {torch.float64: 1e-11, torch.float32: 1e-5, torch.bfloat16: 2e-2}
 SIZES = [(8, 8), (7, 5), (4, 12), (1, 6), (9, 13)]
 
 
@@ -36,29 +47,34 @@ def run(inputs, **options):
 
 @pytest.mark.parametrize("hw", SIZES, ids=str)
 @pytest.mark.parametrize("scan", ["cross", "window"])
-@pytest.mark.parametrize(("states", "rank", "batch"), [(1, 2, 1), (3, 1, 3)])
-def test_equals_reference(hw, scan, states, rank, batch):
-    inputs = make_inputs(batch, 3, hw, states, rank)
-    ours = run(inputs, scan=scan, backend="chunked")
-    for name, truth in run(inputs, scan=scan, backend="reference").items():
-        torch.testing.assert_close(ours[name], truth, rtol=1e-9, atol=1e-10, msg=name)
+@pytest.mark.parametrize(("states", "rank", "batch"), [(1, 2, 1), (3, 1, 3), (8, 5, 1)])
+@pytest.mark.parametrize("backend", FAST)
+def test_equals_reference(backend, hw, scan, states, rank, batch, monkeypatch):
+    monkeypatch.setattr(library, "_TILE_ELEMENTS", 1)  # tiles of 16 tokens
+    inputs = make_inputs(batch, 3, hw, states, rank, EXACT[backend])
+    ours = run(inputs, scan=scan, backend=backend)
+    doubles = {name: value.double() for name, value in inputs.items()}
+    for name, truth in run(doubles, scan=scan, backend="reference").items():
+        error = (ours[name] - truth).norm() / truth.norm().clamp_min(1e-12)
+        assert error < TOLERANCE[EXACT[backend]], f"{name}: {error:.1e}"
 
 
-@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 2e-2)])
-def test_dtypes(dtype, tolerance):
-    """bfloat16 rounds dt_low and dt as well as inputs and outputs, hence 2e-2."""
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("backend", FAST)
+def test_dtypes(backend, dtype):
+    """bfloat16 rounds dt_low as well as inputs and outputs, hence 2e-2."""
     inputs = make_inputs(2, 4, (9, 6), 2, 2, dtype)
-    ours = ss2d_scan(**inputs, backend="chunked")
+    ours = ss2d_scan(**inputs, backend=backend)
     truth = ss2d_scan(**{k: v.double() for k, v in inputs.items()}, backend="reference")
     assert ours.dtype == dtype
-    assert (ours.double() - truth).norm() / truth.norm() < tolerance
+    assert (ours.double() - truth).norm() / truth.norm() < TOLERANCE[dtype]
 
 
 @pytest.mark.parametrize("hw", SIZES, ids=str)
 @pytest.mark.parametrize("scan", ["cross", "window"])
 @pytest.mark.parametrize("window", [2, 4])
-def test_permutations_are_the_reference_orders(hw, scan, window):
-    order, _ = _permutations(*hw, scan, window, torch.device("cpu"))
+def test_orders_are_the_reference_orders(hw, scan, window):
+    order, _ = scan_orders(*hw, scan, window, torch.device("cpu"))
     for ours, pixels in zip(order, pixel_orders(*hw, scan, window), strict=True):
         assert ours.tolist() == [row * hw[1] + column for row, column in pixels]
 
@@ -67,7 +83,7 @@ def test_permutations_are_the_reference_orders(hw, scan, window):
 @pytest.mark.parametrize("scan", ["cross", "window"])
 def test_round_trip_puts_every_pixel_back(hw, scan):
     """Defect 3 of the published code: the window scan never undid its own order."""
-    order, back = _permutations(*hw, scan, 4, torch.device("cpu"))
+    order, back = scan_orders(*hw, scan, 4, torch.device("cpu"))
     x = torch.randn(2, 4, 3, hw[0] * hw[1])
     assert torch.equal(_Permute.apply(_Permute.apply(x, order, back), back, order), x)
 
@@ -81,21 +97,58 @@ def test_window_order_by_hand():
     assert rows_reversed[0] == (3, 7)
 
 
-def test_output_stays_local_to_its_pixel():
+@pytest.mark.parametrize("backend", FAST)
+def test_output_stays_local_to_its_pixel(backend):
     """With B = 0 and D = 1 the scan is 4·x: any misplaced output would show."""
-    inputs = make_inputs(1, 2, (6, 10), 2, 1)
+    inputs = make_inputs(1, 2, (6, 10), 2, 1, EXACT[backend])
     inputs["x_proj_weight"] = torch.zeros_like(inputs["x_proj_weight"])
     inputs["Ds"] = torch.ones_like(inputs["Ds"])
     for scan in ("cross", "window"):
-        torch.testing.assert_close(ss2d_scan(**inputs, scan=scan), 4 * inputs["x"])
+        torch.testing.assert_close(ss2d_scan(**inputs, scan=scan, backend=backend), 4 * inputs["x"])
 
 
-def test_training_after_inference_mode():
-    """Permutations are cached; a first use in inference mode must not bar a later backward."""
-    inputs = make_inputs(1, 2, (11, 3), 1, 1)
+@pytest.mark.parametrize("backend", FAST)
+def test_training_after_inference_mode(backend):
+    """Orders are cached; a first use in inference mode must not bar a later backward."""
+    inputs = make_inputs(1, 2, (11, 3), 1, 1, EXACT[backend])
+    scan_orders.cache_clear()
     with torch.inference_mode():
-        ss2d_scan(**inputs, backend="chunked")
-    assert all(torch.isfinite(g).all() for g in run(inputs, backend="chunked").values())
+        ss2d_scan(**inputs, backend=backend)
+    assert all(torch.isfinite(g).all() for g in run(inputs, backend=backend).values())
+
+
+@needs_compiler
+def test_native_gives_the_same_on_any_number_of_threads():
+    inputs = make_inputs(2, 7, (9, 13), 3, 2, torch.float32)
+    truth = run({name: value.double() for name, value in inputs.items()}, backend="reference")
+    before = torch.get_num_threads()
+    try:
+        for threads in (1, 2, 16):
+            torch.set_num_threads(threads)
+            ours = run(inputs, backend="native")
+            for name, expected in truth.items():
+                assert (ours[name] - expected).norm() / expected.norm() < 1e-5, name
+    finally:
+        torch.set_num_threads(before)
+
+
+@needs_compiler
+def test_native_compiles_into_a_graph():
+    inputs = make_inputs(1, 3, (5, 6), 2, 1, torch.float32)
+    compiled = torch.compile(ss2d_scan, fullgraph=True, backend="aot_eager")
+    leaves = {name: value.requires_grad_() for name, value in inputs.items()}
+    ours, eager = compiled(**leaves, backend="native"), ss2d_scan(**leaves, backend="native")
+    torch.testing.assert_close(ours, eager)
+    gradients, expected = (
+        torch.autograd.grad(y.square().sum(), list(leaves.values())) for y in (ours, eager)
+    )
+    torch.testing.assert_close(gradients, expected)
+
+
+@needs_compiler
+def test_native_refuses_float64():
+    with pytest.raises(RuntimeError, match="use 'chunked' for float64"):
+        ss2d_scan(**make_inputs(1, 2, (4, 4), 1, 1), backend="native")
 
 
 def test_gradcheck():

@@ -50,13 +50,13 @@ def selective_scan(
     """
     _check(u, delta, A, B, C, D, delta_bias)
     if backend == "auto":
-        backend = _fastest(u.device.type, u.dtype == torch.float64)
+        backend = fastest_backend(u.device.type, u.dtype == torch.float64)
     scan = _implementation(backend, u.device.type)
     return scan(u, delta, A, B, C, D, delta_bias, delta_softplus)
 
 
 @torch.compiler.assume_constant_result
-def _fastest(device_type: str, is_float64: bool) -> str:
+def fastest_backend(device_type: str, is_float64: bool) -> str:
     """What "auto" takes. A compiler need not look into how it is found."""
     return _find_fastest(device_type, is_float64)
 

@@ -1,11 +1,10 @@
 """The four-direction scan: a permutation of tokens around one selective scan with 4 groups."""
 
-import functools
-
 import torch
 from torch import Tensor
 
 from models.ops.selective_scan import selective_scan
+from models.ops.ss2d_scan.orders import scan_orders
 
 
 def ss2d_scan_composed(
@@ -26,7 +25,7 @@ def ss2d_scan_composed(
     """
     batch, channels, height, width = x.shape
     rank, states = dt_projs_weight.shape[2], A_logs.shape[1]
-    order, back = _permutations(height, width, scan, window, x.device)
+    order, back = scan_orders(height, width, scan, window, x.device)
     tokens = x.flatten(2)  # (B, D, L)
     projected = torch.matmul(x_proj_weight.flatten(0, 1), tokens).unflatten(1, (4, -1))
     projected = _Permute.apply(projected, order, back)
@@ -45,29 +44,6 @@ def ss2d_scan_composed(
     )
     y = _Permute.apply(y.unflatten(1, (4, channels)), back, order).sum(1)
     return y.unflatten(2, (height, width))
-
-
-@functools.lru_cache(maxsize=64)
-def _permutations(
-    height: int, width: int, scan: str, window: int, device: torch.device
-) -> tuple[Tensor, Tensor]:
-    """For each direction the pixel that step l visits, and the step that visits pixel p; (4, L)."""
-    with torch.inference_mode(False):  # kept for training, even if evaluation comes first
-        return _make_permutations(height, width, scan, window, device)
-
-
-def _make_permutations(
-    height: int, width: int, scan: str, window: int, device: torch.device
-) -> tuple[Tensor, Tensor]:
-    pixel = torch.arange(height * width, device=device)
-    row, column = pixel // width, pixel % width
-    side_y, side_x = (height, width) if scan == "cross" else (window, window)
-    tile = (row // side_y) * width + column // side_x
-    rows_first = torch.argsort((tile * height + row) * width + column)
-    columns_first = torch.argsort((tile * width + column) * height + row)
-    forward = torch.stack([rows_first, columns_first])
-    order = torch.cat([forward, forward.flip(1)])
-    return order, torch.argsort(order, dim=1)
 
 
 class _Permute(torch.autograd.Function):

@@ -1,8 +1,11 @@
 """Checks the arguments of the four-direction scan and hands them to a backend."""
 
+import torch
 from torch import Tensor
 
+from models.ops.selective_scan.dispatch import fastest_backend
 from models.ops.ss2d_scan.composed import ss2d_scan_composed
+from models.ops.ss2d_scan.native import ss2d_scan_native
 from models.ops.ss2d_scan.reference import ss2d_scan_reference
 
 SCANS = ("cross", "window")
@@ -43,8 +46,12 @@ def ss2d_scan(
     """
     _check(x, x_proj_weight, dt_projs_weight, dt_projs_bias, A_logs, Ds, scan, window)
     arguments = (x, x_proj_weight, dt_projs_weight, dt_projs_bias, A_logs, Ds, scan, window)
+    if backend == "auto":
+        backend = fastest_backend(x.device.type, x.dtype == torch.float64)
     if backend == "reference":
         return ss2d_scan_reference(*arguments)
+    if backend == "native":
+        return ss2d_scan_native(*arguments)
     return ss2d_scan_composed(*arguments, backend)
 
 
