@@ -95,6 +95,11 @@ class TrainConfig(_Section):
     warmup_epochs: Annotated[float, Field(ge=0)]
     clip_grad_norm: Annotated[Annotated[float, Field(gt=0)] | None, _none_word]
     precision: Literal["float32", "bf16", "fp16"]  # of autocast
+    accumulation: PositiveInt  # parts into which a rank's batch is cut, one after the other
+    ema_decay: Annotated[Annotated[float, Field(gt=0, lt=1)] | None, _none_word]  # of the average
+    # of the weights that is scored and kept; none scores the trained weights themselves
+    max_bad_steps: Annotated[int, Field(ge=0)]  # left out for a loss or gradient that is not
+    # finite before the run ends
     tf32: bool  # TF32 matrix units for float32 products on GPU
     save_every_s: Annotated[float, Field(ge=0)]  # least age of epoch-last.pth when an epoch's
     # end replaces it

@@ -11,6 +11,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from configs import Config
+from engine.average import WeightAverage
 from engine.checkpoint import (
     Checkpoint,
     load_checkpoint,
@@ -47,12 +48,19 @@ class TrainingState:
     network: nn.Module  # the model, or its data-parallel wrapper
     optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler
+    average: WeightAverage | None
     steps_per_epoch: int
     total_steps: int
     epoch: int = 0  # the running one, from 0
     batch: int = 0  # batches done in it
     step: int = 0  # steps done in all
     best_miou: float | None = None
+    bad_steps: int = 0  # left out so far
+
+    @property
+    def scored_model(self) -> CMFS:
+        """What is validated and kept: the average of the weights where there is one."""
+        return self.model if self.average is None else self.average.model
 
     @property
     def epochs_done(self) -> int:
@@ -97,12 +105,19 @@ def starting_point(folder: RunFolder, *, resume: bool | str) -> Path | None:
 def build_state(
     config: Config, model: CMFS, devices: Devices, *, steps_per_epoch: int
 ) -> TrainingState:
-    """Put the network on its device and give it an optimiser; GPUs that share get SyncBatchNorm."""
+    """Put the network on its device and give it an optimiser; GPUs that share get SyncBatchNorm.
+
+    Raises:
+        InputError: the batch does not divide into equal parts.
+    """
+    check_batch(config, devices.world_size)
     device, is_shared = devices.device, devices.world_size > 1
     is_cuda = device.type == "cuda"
     if is_shared and is_cuda:
         model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
     model = model.to(device)
+    decay = config.train.ema_decay
+    average = None if decay is None else WeightAverage(model, decay)
     network: nn.Module = model
     if is_shared:
         network = DistributedDataParallel(model, device_ids=[device.index] if is_cuda else None)
@@ -112,10 +127,29 @@ def build_state(
         model=model,
         network=network,
         optimizer=build_optimizer(model, config.train),
-        scaler=torch.amp.GradScaler(device.type, enabled=config.train.precision == "fp16"),
+        scaler=_build_scaler(config, device),
+        average=average,
         steps_per_epoch=steps_per_epoch,
         total_steps=min(total_steps, config.train.max_steps or total_steps),
     )
+
+
+def check_batch(config: Config, world_size: int) -> None:
+    """Raise an InputError that names the numbers where the batch does not divide evenly."""
+    parts, size = world_size * config.train.accumulation, config.train.batch_size
+    if size % parts:
+        raise InputError(
+            f"train.batch_size {size} (over all processes) does not divide into {world_size} "
+            f"processes x train.accumulation {config.train.accumulation} = {parts} equal parts; "
+            f"set it to {-(-size // parts) * parts}"
+        )
+
+
+def _build_scaler(config: Config, device: torch.device) -> torch.amp.GradScaler:
+    """fp16 needs its scale; others keep it at 1, for the check of gradients that comes with it."""
+    if config.train.precision == "fp16":
+        return torch.amp.GradScaler(device.type)
+    return torch.amp.GradScaler(device.type, init_scale=1.0, growth_interval=2**31 - 1)
 
 
 def settle(state: TrainingState) -> None:
@@ -134,23 +168,28 @@ def settle(state: TrainingState) -> None:
             f"weights are not finite after step {state.step}, although its loss was; the "
             f"checkpoints of earlier steps are intact: lower train.lr or set train.clip_grad_norm"
         )
+    if state.average is not None:
+        state.average.copy_buffers(state.model)
 
 
 def save_last(state: TrainingState, config: Config, folder: RunFolder) -> None:
     """Write epoch-last.pth with all that an exact resume needs; every rank takes part."""
+    is_fp16 = config.train.precision == "fp16"
     training_state = {
         "optimizer": optimizer_state(state.optimizer, state.model),
-        "scaler": state.scaler.state_dict(),
+        "scaler": state.scaler.state_dict() if is_fp16 else None,
+        "weights": None if state.average is None else _on_cpu(state.model),
         "rng": gather_objects(rng_state()),
         "epoch": state.epoch,
         "batch": state.batch,
         "steps_per_epoch": state.steps_per_epoch,
         "best_miou": state.best_miou,
+        "bad_steps": state.bad_steps,
     }
     if is_main_process():
         save_checkpoint(
             folder.last_checkpoint,
-            model=state.model,
+            model=state.scored_model,
             config=config,
             epoch=state.epochs_done,
             step=state.step,
@@ -167,7 +206,7 @@ def save_epoch(state: TrainingState, config: Config, folder: RunFolder) -> None:
     if is_main_process() and is_whole and is_due:
         save_checkpoint(
             folder.epoch_checkpoint(epoch),
-            model=state.model,
+            model=state.scored_model,
             config=config,
             epoch=epoch,
             step=state.step,
@@ -182,7 +221,7 @@ def save_best(
     if is_main_process():
         save_checkpoint(
             folder.best_checkpoint,
-            model=state.model,
+            model=state.scored_model,
             config=config,
             epoch=state.epochs_done,
             step=state.step,
@@ -208,12 +247,16 @@ def restore(state: TrainingState, path: Path, config: Config, devices: Devices) 
             f"{path} was made with {saved['steps_per_epoch']} steps in an epoch, the data gives "
             f"{state.steps_per_epoch} now; restore the list, or begin another run with --exp NAME"
         )
+    if state.average is not None:
+        load_weights(state.average.model, checkpoint, path)
+    if saved["weights"] is not None:  # the average lies in the network's place
+        checkpoint = checkpoint._replace(model=saved["weights"])
     load_weights(state.model, checkpoint, path)
     load_optimizer_state(state.optimizer, state.model, saved["optimizer"])
-    if saved["scaler"]:
+    if saved["scaler"] is not None and config.train.precision == "fp16":
         state.scaler.load_state_dict(saved["scaler"])
     state.epoch, state.batch, state.step = saved["epoch"], saved["batch"], checkpoint.step
-    state.best_miou = saved["best_miou"]
+    state.best_miou, state.bad_steps = saved["best_miou"], saved["bad_steps"]
     if len(saved["rng"]) == devices.world_size:
         set_rng_state(saved["rng"][devices.rank])
     else:
@@ -251,6 +294,10 @@ def check_resume(path: str | Path, checkpoint: Checkpoint, config: Config) -> No
         )
     for text in changed.values():
         log.info("resumed with a change of %s", text)
+
+
+def _on_cpu(model: nn.Module) -> dict[str, torch.Tensor]:
+    return {name: tensor.detach().cpu() for name, tensor in model.state_dict().items()}
 
 
 def _flatten(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

@@ -5,17 +5,16 @@ import logging
 import signal
 import time
 from pathlib import Path
-from typing import NamedTuple, Protocol
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.data import DataLoader
 
 from configs import Config, dump_config
 from engine.evaluate import evaluate_segmentation
+from engine.feed import Feed
 from engine.inference import Prediction
-from engine.losses import Batch, joint_loss
 from engine.optim import lr_at
 from engine.state import (
     TrainingState,
@@ -26,16 +25,16 @@ from engine.state import (
     save_last,
     settle,
 )
+from engine.step import (
+    NamedBatch,
+    StepResult,
+    explained_out_of_memory,
+    summarize,
+    train_step,
+)
 from models import CMFS
 from utils.cli import StopRequest
-from utils.distributed import (
-    Devices,
-    gather_objects,
-    is_main_process,
-    largest,
-    reduce_sum,
-    world_size,
-)
+from utils.distributed import Devices, is_main_process, largest
 from utils.environment import environment_info
 from utils.image import colorize, contact_sheet, to_uint8
 from utils.log import RunReport
@@ -45,22 +44,6 @@ log = logging.getLogger(__name__)
 
 _EXAMPLES = 4  # validation images shown in TensorBoard
 _EXAMPLE_TITLES = ("rgb", "thermal", "fused", "prediction", "truth")
-_AUTOCAST_DTYPES = {"float32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
-
-
-class NamedBatch(Batch, Protocol):
-    """A batch whose images are known by name; see dataloader.dataset.Sample."""
-
-    name: list[str]
-
-
-class StepLosses(NamedTuple):
-    """What one step leaves on the device until it is read."""
-
-    step: int
-    images: list[str]
-    parts: dict[str, Tensor]  # each ()
-    expert_shares: Tensor  # (blocks, E)
 
 
 def fit(
@@ -81,8 +64,10 @@ def fit(
     Returns:
         0, or the number of the signal that stopped the run, its exact state in epoch-last.pth.
     Raises:
-        FloatingPointError: a loss or a weight is not finite; the checkpoints stay as they were.
-        InputError: resume_from does not belong to this run, or the disk is full.
+        FloatingPointError: more losses or gradients than train.max_bad_steps were not finite; the
+            checkpoints stay as they were.
+        InputError: resume_from does not belong to this run, the batch does not divide among the
+            ranks, or the disk or the GPU's memory is full.
     """
     state = build_state(config, model, devices, steps_per_epoch=len(train_loader))
     if resume_from is not None:
@@ -94,10 +79,12 @@ def fit(
     report = RunReport(
         folder, from_step=state.step, total_steps=state.total_steps, is_enabled=is_main_process()
     )
+    feed = Feed(train_loader, devices.device)
     saved_at = time.monotonic()
     with report, StopRequest() as stop:
         while True:
-            stopped = train_epoch(state, train_loader, config, devices.device, stop, report)
+            with explained_out_of_memory(config, devices.device):
+                stopped = train_epoch(state, feed, config, stop, report)
             settle(state)
             is_due = time.monotonic() - saved_at >= config.train.save_every_s
             if stopped or state.is_finished or largest(is_due):
@@ -116,28 +103,22 @@ def fit(
 
 
 def train_epoch(
-    state: TrainingState,
-    loader: DataLoader,
-    config: Config,
-    device: torch.device,
-    stop: StopRequest,
-    report: RunReport,
+    state: TrainingState, feed: Feed, config: Config, stop: StopRequest, report: RunReport
 ) -> int:
     """Run what is left of the epoch; returns the signal that came to any rank, or 0.
 
     Losses stay on the device; they are read, and checked, when a log line is due and at the end.
     """
-    loader.batch_sampler.set_epoch(state.epoch)
-    loader.batch_sampler.start_batch = state.batch
-    batches = iter(loader)
+    batches = feed.batches(state.epoch, start=state.batch)
     state.model.train()
-    window: list[StepLosses] = []
+    window: list[StepResult] = []
     stopped = 0
     while not (stopped or state.is_finished or state.batch == state.steps_per_epoch):
         learning_rate = set_learning_rate(state, config)
-        window.append(train_step(state, to_device(next(batches), device), config))
+        window.append(train_step(state, next(batches), config))
         if state.step % config.train.log_every == 0 or state.is_finished:
-            losses, expert_shares = read_losses(window)
+            begin = time.perf_counter()
+            losses, expert_shares = read_window(window, state, config)
             report.steps(
                 losses,
                 expert_shares,
@@ -145,31 +126,12 @@ def train_epoch(
                 step=state.step,
                 learning_rate=learning_rate,
                 batch_size=config.train.batch_size,
+                data_wait=feed.waited_share(time.perf_counter() - begin),
             )
-            window.clear()
         stopped = largest(stop.signal or 0)
     if window:
-        read_losses(window)
+        read_window(window, state, config)
     return stopped
-
-
-def train_step(state: TrainingState, batch: NamedBatch, config: Config) -> StepLosses:
-    """Forward, backward, one step of the optimiser."""
-    dtype = _AUTOCAST_DTYPES[config.train.precision]
-    with torch.autocast(batch.rgb.device.type, dtype=dtype, enabled=dtype is not None):
-        output = state.network(batch.rgb, batch.thermal)
-    parts = joint_loss(output, batch, config.loss)
-    state.optimizer.zero_grad()
-    state.scaler.scale(parts["total"]).backward()
-    if config.train.clip_grad_norm is not None:
-        state.scaler.unscale_(state.optimizer)
-        nn.utils.clip_grad_norm_(state.model.parameters(), config.train.clip_grad_norm)
-    state.scaler.step(state.optimizer)
-    state.scaler.update()
-    state.step += 1
-    state.batch += 1
-    parts = {name: part.detach() for name, part in parts.items()}
-    return StepLosses(state.step, batch.name, parts, state.model.expert_shares())
 
 
 def set_learning_rate(state: TrainingState, config: Config) -> float:
@@ -185,37 +147,26 @@ def set_learning_rate(state: TrainingState, config: Config) -> float:
     return learning_rate
 
 
-def read_losses(window: list[StepLosses]) -> tuple[dict[str, float], Tensor]:
+def read_window(
+    window: list[StepResult], state: TrainingState, config: Config
+) -> tuple[dict[str, float], Tensor]:
     """Means of the losses and of the expert shares (blocks, E), over some steps and all ranks.
 
     Raises:
-        FloatingPointError: on every rank, with the step, the parts and the images of one that is
-            not finite.
+        FloatingPointError: on every rank, where more steps were bad than train.max_bad_steps.
     """
-    values = torch.stack([torch.stack(list(step.parts.values())) for step in window]).cpu()
-    shares = torch.stack([step.expert_shares for step in window]).cpu()
-    bad = [step for step, row in zip(window, values, strict=True) if not row.isfinite().all()]
-    if largest(len(bad)):
-        found = [text for text in gather_objects(_describe(bad[0]) if bad else None) if text]
-        raise FloatingPointError(found[0])
-    names = list(window[0].parts)
-    means = reduce_sum(values.mean(0)) / world_size()
-    return dict(zip(names, means.tolist(), strict=True)), reduce_sum(shares.mean(0)) / world_size()
-
-
-def _describe(step: StepLosses) -> str:
-    parts = ", ".join(f"{name} {float(part):g}" for name, part in step.parts.items())
-    return (
-        f"the loss is not finite at step {step.step}: {parts}; images {', '.join(step.images)}; "
-        f"the checkpoints of earlier steps are intact: look at these images, or lower train.lr"
-    )
-
-
-def to_device(batch: NamedBatch, device: torch.device) -> NamedBatch:
-    """The same batch with its tensors on the device."""
-    return type(batch)(
-        *(x.to(device, non_blocking=True) if isinstance(x, Tensor) else x for x in batch)
-    )
+    losses, expert_shares, bad_steps = summarize(window)
+    window.clear()
+    state.bad_steps += len(bad_steps)
+    if state.bad_steps > config.train.max_bad_steps:
+        raise FloatingPointError(
+            f"{bad_steps[0]}; the checkpoints of earlier steps are intact: look at these images, "
+            f"lower train.lr, or let train.max_bad_steps (now {config.train.max_bad_steps}, "
+            f"reached) leave such steps out"
+        )
+    for description in bad_steps:
+        log.warning("left out: %s", description)
+    return losses, expert_shares
 
 
 def write_run_files(config: Config, folder: RunFolder) -> None:
@@ -241,10 +192,8 @@ def validate(
         if is_main_process() and len(examples) < _EXAMPLES:
             examples.extend(example_rows(batch, prediction, config)[: _EXAMPLES - len(examples)])
 
-    state.model.eval()
-    metrics = evaluate_segmentation(
-        state.model, loader, config, device, on_prediction=keep_examples
-    )
+    model = state.scored_model.eval()
+    metrics = evaluate_segmentation(model, loader, config, device, on_prediction=keep_examples)
     miou = metrics["miou"]
     log.info(
         "validation after epoch %d, step %d: mIoU %s (best before: %s)",

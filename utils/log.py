@@ -145,15 +145,18 @@ class RunReport:
         step: int,
         learning_rate: float,
         batch_size: int,
+        data_wait: float,
     ) -> None:
         """Report the steps since the last call.
 
         Args:
-            losses: mean of each part; "total" becomes "loss", others "loss_<part>".
+            losses: mean of each part; "total" becomes "loss", others "loss_<part>". Empty where no
+                step was good; then there is nothing to report.
             expert_shares: (blocks, E), on the CPU.
             batch_size: images per step over all ranks.
+            data_wait: share of the time spent on waiting for images.
         """
-        if not self._is_enabled:
+        if not self._is_enabled or not losses:
             return
         seconds_per_step = (time.perf_counter() - self._clock_time) / (step - self._clock_step)
         images_per_s = batch_size / seconds_per_step
@@ -164,6 +167,7 @@ class RunReport:
             **parts,
             "lr": learning_rate,
             "images_per_s": round(images_per_s, 3),
+            "data_wait": round(data_wait, 3),
             "elapsed_s": round(time.perf_counter() - self._start_time, 3),
         }
         self._metrics.write({"step": step, "epoch": epoch, **entry})
@@ -177,6 +181,7 @@ class RunReport:
                 **{f"loss/{part}": value for part, value in losses.items()},
                 "train/lr": learning_rate,
                 "train/images_per_s": images_per_s,
+                "train/data_wait": data_wait,
                 **shares,
             },
             step,

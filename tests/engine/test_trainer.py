@@ -14,7 +14,7 @@ from torch import nn
 
 from configs import Config, load_config
 from dataloader.build import build_eval_loader, build_train_loader
-from engine import trainer
+from engine import step, trainer
 from engine.checkpoint import load_checkpoint
 from engine.state import starting_point
 from engine.trainer import fit
@@ -105,14 +105,14 @@ def run(
 
 def change_loss(monkeypatch, change) -> None:
     """Call change(step, parts) on the parts of every step's loss."""
-    real, steps = trainer.joint_loss, iter(range(1, 10**6))
+    real, steps = step.joint_loss, iter(range(1, 10**6))
 
     def joint_loss(*arguments):
         parts = real(*arguments)
         change(next(steps), parts)
         return parts
 
-    monkeypatch.setattr(trainer, "joint_loss", joint_loss)
+    monkeypatch.setattr(step, "joint_loss", joint_loss)
 
 
 def kill_at(step: int, number: int):
@@ -178,7 +178,7 @@ def test_stop_and_resume_equal_one_run_bit_for_bit(configure, monkeypatch, stop_
     best, best_found = (load_checkpoint(folder.best_checkpoint) for folder in (whole, parts))
     assert_same(best_found._asdict(), best._asdict())
 
-    speeds = ("images_per_s", "elapsed_s")
+    speeds = ("images_per_s", "elapsed_s", "data_wait")
     logged = [
         [{k: v for k, v in line.items() if k not in speeds} for line in metrics_of(config, exp)]
         for exp in ("whole", "parts")
@@ -255,14 +255,35 @@ def test_a_bad_loss_between_two_log_lines_is_found_before_saving(
     assert not RunFolder(config).checkpoints.exists()
 
 
-def test_weights_poisoned_by_a_gradient_are_never_saved(configure, monkeypatch, no_validation):
-    """The loss of the epoch's last step is finite, its gradient is not."""
+def poison_gradient_at(step: int):
+    """The loss is finite, its gradient is not."""
 
-    def change(step, parts):
-        if step == 4:
+    def change(now, parts):
+        if now == step:
             parts["total"].register_hook(lambda gradient: gradient * float("nan"))
 
-    change_loss(monkeypatch, change)
+    return change
+
+
+def test_a_gradient_that_is_not_finite_ends_the_run(configure, monkeypatch, no_validation):
+    change_loss(monkeypatch, poison_gradient_at(4))
+    config = configure("train.max_steps=4")
+    with pytest.raises(FloatingPointError, match="the gradient is not finite at step 4: total "):
+        run(config)
+    assert not RunFolder(config).checkpoints.exists()
+
+
+def test_weights_that_are_not_finite_are_never_saved(configure, monkeypatch, no_validation):
+    """Whatever made them so."""
+    real = trainer.train_step
+
+    def train_step(state, *arguments):
+        result = real(state, *arguments)
+        if state.step == 4:
+            next(state.model.parameters()).data.fill_(float("inf"))
+        return result
+
+    monkeypatch.setattr(trainer, "train_step", train_step)
     config = configure("train.max_steps=4")
     with pytest.raises(FloatingPointError, match="weights are not finite after step 4"):
         run(config)

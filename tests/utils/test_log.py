@@ -108,6 +108,7 @@ def report_steps(report: RunReport) -> None:
         step=4,
         learning_rate=1e-3,
         batch_size=8,
+        data_wait=0.25,
     )
     report.validation({"val/miou": 0.5, "val_iou/bicycle": None}, None, step=4)
 
@@ -117,7 +118,7 @@ def test_a_report_reaches_metrics_log_and_tensorboard(folder, caplog):
     with caplog.at_level(logging.INFO), report:
         report_steps(report)
     entry = json.loads(folder.metrics_file.read_text())
-    assert entry["images_per_s"] > 0
+    assert entry["images_per_s"] > 0 and entry["data_wait"] == 0.25
     assert {key: entry[key] for key in list(entry)[:5]} == {
         "step": 4, "epoch": 1, "loss": 1.5, "loss_segmentation": 0.5, "lr": 1e-3,
     }  # fmt: skip

@@ -106,12 +106,12 @@ struct Sequence {
 };
 
 // A channel of a map in one direction: step l reads and adds to pixel order[l]; its step sizes are
-// weight · low[l] + bias, with low (L, R).
+// weight · low + bias, with low (R, L).
 struct Path {
     const float *x, *grad_y;
     const int64_t* order;
     const float *low, *weight;
-    int64_t rank;
+    int64_t rank, length;
     float bias;
     float *y, *grad_x, *grad_low, *grad_weight;
 
@@ -126,12 +126,12 @@ struct Path {
     }
 
     void raw_steps(int64_t first, int64_t count, float* raw) const {
-        for (int64_t t = 0; t < count; ++t) {
-            const float* row = low + (first + t) * rank;
-            float sum = bias;
-#pragma omp simd reduction(+ : sum)
-            for (int64_t r = 0; r < rank; ++r) sum += weight[r] * row[r];
-            raw[t] = sum;
+        std::fill(raw, raw + count, bias);
+        for (int64_t r = 0; r < rank; ++r) {
+            const float* row = low + r * length + first;
+            const float w = weight[r];
+#pragma omp simd
+            for (int64_t t = 0; t < count; ++t) raw[t] += w * row[t];
         }
     }
 
@@ -140,16 +140,18 @@ struct Path {
     }
 
     void put_gradients(int64_t first, int64_t count, const float* for_u, const float* for_raw) {
-        for (int64_t t = 0; t < count; ++t) {
-            grad_x[order[first + t]] += for_u[t];
-            const float* row = low + (first + t) * rank;
-            float* for_row = grad_low + (first + t) * rank;
-            const float g = for_raw[t];
-#pragma omp simd
-            for (int64_t r = 0; r < rank; ++r) {
-                for_row[r] += g * weight[r];
-                grad_weight[r] += g * row[r];
+        for (int64_t t = 0; t < count; ++t) grad_x[order[first + t]] += for_u[t];
+        for (int64_t r = 0; r < rank; ++r) {
+            const float* row = low + r * length + first;
+            float* for_row = grad_low + r * length + first;
+            const float w = weight[r];
+            float sum = 0.0f;
+#pragma omp simd reduction(+ : sum)
+            for (int64_t t = 0; t < count; ++t) {
+                for_row[t] += for_raw[t] * w;
+                sum += for_raw[t] * row[t];
             }
+            grad_weight[r] += sum;
         }
     }
 };
@@ -426,7 +428,7 @@ struct Map {
     int64_t width() const { return rank + 2 * shape.states; }
 };
 
-// dt_low (L, R), B and C (L, N) of one image and direction in the order of its steps.
+// dt_low (R, L), B and C (L, N) of one image and direction in the order of its steps.
 struct Steps {
     std::vector<float> low, B, C;
 
@@ -444,7 +446,7 @@ void gather(const Map& p, int64_t image, int64_t direction, Steps& steps) {
     const int64_t R = p.rank, N = p.shape.states;
     for (int64_t l = 0; l < p.shape.length; ++l) {
         const float* from = p.projected + pixel_at(p, image, direction, l);
-        std::copy(from, from + R, steps.low.data() + l * R);
+        for (int64_t r = 0; r < R; ++r) steps.low[r * p.shape.length + l] = from[r];
         std::copy(from + R, from + R + N, steps.B.data() + l * N);
         std::copy(from + R + N, from + R + 2 * N, steps.C.data() + l * N);
     }
@@ -454,7 +456,7 @@ void scatter(const Map& p, int64_t image, int64_t direction, const Steps& steps,
     const int64_t R = p.rank, N = p.shape.states;
     for (int64_t l = 0; l < p.shape.length; ++l) {
         float* to = projected + pixel_at(p, image, direction, l);
-        std::copy_n(steps.low.data() + l * R, R, to);
+        for (int64_t r = 0; r < R; ++r) to[r] = steps.low[r * p.shape.length + l];
         std::copy_n(steps.B.data() + l * N, N, to + R);
         std::copy_n(steps.C.data() + l * N, N, to + R + N);
     }
@@ -488,6 +490,7 @@ Path path_of(const Map& p, const Steps& steps, int64_t image, int64_t direction,
     path.low = steps.low.data();
     path.weight = p.weight + parameter * p.rank;
     path.rank = p.rank;
+    path.length = p.shape.length;
     path.bias = p.bias[parameter];
     return path;
 }
