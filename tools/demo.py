@@ -25,9 +25,10 @@ from utils.image import read_label
 
 ROOT = Path(__file__).resolve().parents[1]
 REAL_PAIRS = {  # what differs from config_demo.yaml for photographs, which are larger than drawings
-    "train": {"crop": [160, 224], "scales": [0.5, 0.75], "max_steps": 300, "val_every": 1000},
+    "train": {"crop": [160, 224], "scales": [0.5, 0.75], "epochs": 1000, "max_steps": 240,
+              "val_every": 1000},
     "eval": {"batch_size": 1},
-}
+}  # fmt: skip
 
 
 def main() -> None:
