@@ -2,6 +2,7 @@
 
 import inspect
 import json
+import math
 import os
 import signal
 import socket
@@ -202,6 +203,45 @@ def test_a_resumed_run_remembers_its_best(configure, monkeypatch):
     assert load_checkpoint(RunFolder(config).best_checkpoint).step == 4
 
 
+def test_the_weights_average_is_scored_kept_and_resumed(configure, monkeypatch):
+    scored = []
+
+    def evaluate(model, *_, **__):
+        scored.append((model.training, {k: v.clone() for k, v in model.state_dict().items()}))
+        return {"miou": len(scored) / 10, "class_iou": {}}
+
+    monkeypatch.setattr(trainer, "evaluate_segmentation", evaluate)
+    config = configure(
+        "train.max_steps=8",
+        "train.val_every=1",
+        "train.ema_decay=0.5",
+        "train.checkpoint_every=1",
+        "train.warmup_epochs=0",
+    )
+    run(config, "whole")
+    with monkeypatch.context() as patch:
+        change_loss(patch, kill_at(3, signal.SIGTERM))
+        assert run(config) == signal.SIGTERM
+    run(config, resume=True)
+    whole, parts = RunFolder(config, "whole"), RunFolder(config)
+    for name in ("last_checkpoint", "best_checkpoint"):
+        expected, found = (load_checkpoint(getattr(folder, name)) for folder in (whole, parts))
+        assert_same(found._asdict() | {"metrics": {}}, expected._asdict() | {"metrics": {}})
+    last = load_checkpoint(parts.last_checkpoint)
+    trained = last.training_state["weights"]
+    assert not torch.equal(trained["mix.0.weight"], last.model["mix.0.weight"])
+    assert torch.equal(trained["mix.1.running_mean"], last.model["mix.1.running_mean"])
+    is_training, weights = scored[-1]
+    assert not is_training
+    for path in (parts.best_checkpoint, parts.epoch_checkpoint(2), parts.last_checkpoint):
+        assert_same(load_checkpoint(path).model, weights)
+    run(configure("train.max_steps=9"), resume=True)  # without an average: from the weights
+    last = load_checkpoint(parts.last_checkpoint)
+    assert last.training_state["weights"] is None
+    moved = (last.model["mix.0.weight"] - trained["mix.0.weight"]).abs().max()
+    assert moved <= 1.1 * config.train.lr, "more than one step away from the trained weights"
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_ends_the_run_after_its_step(configure, monkeypatch, no_validation, number):
     config = configure("train.log_every=100")
@@ -268,9 +308,34 @@ def poison_gradient_at(step: int):
 def test_a_gradient_that_is_not_finite_ends_the_run(configure, monkeypatch, no_validation):
     change_loss(monkeypatch, poison_gradient_at(4))
     config = configure("train.max_steps=4")
-    with pytest.raises(FloatingPointError, match="the gradient is not finite at step 4: total "):
+    with pytest.raises(
+        FloatingPointError, match="the gradient is not finite at step 4: .* total 2"
+    ):
         run(config)
     assert not RunFolder(config).checkpoints.exists()
+
+
+def test_bad_steps_up_to_the_limit_are_left_out(configure, monkeypatch, no_validation, caplog):
+    """The count goes on after a stop."""
+    config = configure("train.max_steps=12", "train.max_bad_steps=2", "train.log_every=2")
+
+    def change(now, parts):
+        for bad in (3, 7, 11):
+            poison_at(bad)(now, parts)
+        kill_at(5, signal.SIGTERM)(now, parts)
+
+    with monkeypatch.context() as patch:
+        change_loss(patch, change)
+        assert run(config) == signal.SIGTERM
+    assert caplog.text.count("left out: the loss is not finite at step 3: ") == 1
+    saved = load_checkpoint(RunFolder(config).last_checkpoint)
+    assert (saved.step, saved.training_state["bad_steps"]) == (5, 1)
+    assert all(math.isfinite(line["loss"]) for line in metrics_of(config))
+
+    change_loss(monkeypatch, lambda now, parts: change(now + 5, parts))
+    with pytest.raises(FloatingPointError, match=r"at step 11: .* train.max_bad_steps \(now 2"):
+        run(config, resume=True)
+    assert load_checkpoint(RunFolder(config).last_checkpoint).step == 8
 
 
 def test_weights_that_are_not_finite_are_never_saved(configure, monkeypatch, no_validation):

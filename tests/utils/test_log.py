@@ -128,7 +128,7 @@ def test_a_report_reaches_metrics_log_and_tensorboard(folder, caplog):
     values = {tag: events.Scalars(tag)[0].value for tag in events.Tags()["scalars"]}
     assert values.pop("train/images_per_s") > 0
     assert values.keys() == {
-        "loss/total", "loss/segmentation", "train/lr", "val/miou",
+        "loss/total", "loss/segmentation", "train/lr", "train/data_wait", "val/miou",
         "experts/block0_expert0", "experts/block0_expert1",
     }  # fmt: skip
     assert values["experts/block0_expert1"] == 0.75

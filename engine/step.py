@@ -1,0 +1,177 @@
+"""One training step: forward, backward, and an update that bad numbers turn into none."""
+
+import logging
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import NamedTuple, Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from configs import Config
+from engine.losses import Batch, joint_loss
+from engine.state import TrainingState
+from utils.distributed import gather_objects, largest, reduce_sum, world_size
+from utils.errors import InputError
+
+log = logging.getLogger(__name__)
+
+_AUTOCAST_DTYPES = {"float32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+class NamedBatch(Batch, Protocol):
+    """A batch whose images are known by name; see dataloader.dataset.Sample."""
+
+    name: list[str]
+
+
+class StepResult(NamedTuple):
+    """What one step leaves on the device until it is read."""
+
+    step: int
+    images: list[str]
+    parts: dict[str, Tensor]  # each ()
+    expert_shares: Tensor  # (blocks, E)
+    is_bad: Tensor  # (), the loss or the gradient was not finite
+
+
+class Summary(NamedTuple):
+    """Some steps, over all ranks; the same on every rank."""
+
+    losses: dict[str, float]  # mean of each part over the good steps; empty where there are none
+    expert_shares: Tensor  # (blocks, E), on the CPU
+    bad_steps: list[str]  # a description of each
+
+
+def train_step(state: TrainingState, batch: NamedBatch, config: Config) -> StepResult:
+    """One step of the optimiser from train.accumulation equal parts of this rank's batch.
+
+    Where the gradient is not finite (a bad loss makes it so, on all ranks) weights and moments stay
+    as they were. Whether that was so is known on the device alone, so nothing waits for it.
+    """
+    accumulation = config.train.accumulation
+    buffers = _copies(state.model.buffers()) if config.train.max_bad_steps else []
+    state.optimizer.zero_grad()
+    results = []
+    for index, part in enumerate(split_batch(batch, accumulation)):
+        with _sharing_gradients(state.network, index == accumulation - 1):
+            parts = _losses(state, part, config)
+            total = parts["total"] / accumulation
+            total = total * torch.where(total.isfinite(), 1.0, torch.nan)
+            state.scaler.scale(total).backward()
+        results.append((parts, state.model.expert_shares()))
+    is_skipped = _update(state, config)
+    if state.average is not None:
+        state.average.update(state.model, state.step)
+    state.step += 1
+    state.batch += 1
+    losses = {
+        name: torch.stack([parts[name].detach() for parts, _ in results]).mean()
+        for name in results[0][0]
+    }
+    is_bad = is_skipped | ~losses["total"].isfinite()
+    for buffer, before in zip(state.model.buffers(), buffers, strict=False):
+        buffer.copy_(torch.where(is_bad, before, buffer))  # running statistics saw the bad numbers
+    shares = torch.stack([share for _, share in results]).mean(0)
+    return StepResult(state.step, batch.name, losses, shares, is_bad)
+
+
+def split_batch(batch: NamedBatch, count: int) -> list[NamedBatch]:
+    """The batch in `count` equal parts, in order."""
+    size = len(batch.name) // count
+    return [
+        type(batch)(*(field[index * size :][:size] for field in batch)) for index in range(count)
+    ]
+
+
+def summarize(steps: list[StepResult]) -> Summary:
+    """Read what some steps left on the device; every rank takes part."""
+    values = torch.stack([torch.stack(list(step.parts.values())) for step in steps]).cpu()
+    shares = torch.stack([step.expert_shares for step in steps]).cpu()
+    is_bad = torch.stack([step.is_bad for step in steps]).cpu()
+    found: dict[int, str] = {}
+    if largest(int(is_bad.any())):
+        ours = [_describe(step) for step, bad in zip(steps, is_bad, strict=True) if bad]
+        for theirs in gather_objects(ours):
+            for number, is_loss, text in theirs:
+                found[number] = text if is_loss else found.get(number, text)
+    good = torch.tensor([step.step not in found for step in steps])
+    means = reduce_sum(values[good].mean(0)) / world_size()
+    losses = dict(zip(steps[0].parts, means.tolist(), strict=True)) if good.any() else {}
+    shares = reduce_sum(shares.mean(0)) / world_size()
+    return Summary(losses, shares, [found[number] for number in sorted(found)])
+
+
+@contextmanager
+def explained_out_of_memory(config: Config, device: torch.device) -> Iterator[None]:
+    """Turn a full GPU into an InputError that says what filled it and what helps."""
+    try:
+        yield
+    except torch.cuda.OutOfMemoryError as error:
+        train = config.train
+        parts = world_size() * train.accumulation
+        peak, present = (
+            size / 2**30
+            for size in (torch.cuda.max_memory_allocated(device), _total_memory(device))
+        )
+        raise InputError(
+            f"GPU out of memory with {train.batch_size // parts} images of {train.crop[0]}x"
+            f"{train.crop[1]} at once (train.batch_size {train.batch_size}, {world_size()} "
+            f"processes, train.accumulation {train.accumulation}), {train.precision}: peak "
+            f"{peak:.1f} of {present:.1f} GiB; set train.accumulation={2 * train.accumulation}, "
+            f"which keeps the batch, or train.precision=bf16, or a smaller train.crop"
+        ) from error
+
+
+def _losses(state: TrainingState, batch: NamedBatch, config: Config) -> dict[str, Tensor]:
+    dtype = _AUTOCAST_DTYPES[config.train.precision]
+    with torch.autocast(batch.rgb.device.type, dtype=dtype, enabled=dtype is not None):
+        output = state.network(batch.rgb, batch.thermal)
+    return joint_loss(output, batch, config.loss)
+
+
+def _update(state: TrainingState, config: Config) -> Tensor:
+    """Apply the gradient if it is finite; () bool on the device: it was not.
+
+    The scaler leaves a bad step out and then lowers its scale. In fp16 a scale above 1 may be the
+    very cause, so that only what is left out at a lower one counts as bad.
+    """
+    scaler, one = state.scaler, torch.ones((), device=next(state.model.parameters()).device)
+    scaler.unscale_(state.optimizer)
+    if config.train.clip_grad_norm is not None:
+        nn.utils.clip_grad_norm_(state.model.parameters(), config.train.clip_grad_norm)
+    scaler.step(state.optimizer)
+    before = scaler.scale(one)
+    scaler.update()
+    is_skipped = (scaler.scale(one) < before) & (before <= 1)
+    if config.train.precision != "fp16":
+        scaler.update(1.0)
+    return is_skipped
+
+
+def _sharing_gradients(network: nn.Module, is_last: bool) -> AbstractContextManager:
+    """Ranks exchange gradients once a step, after its last part."""
+    is_shared = isinstance(network, DistributedDataParallel)
+    return network.no_sync() if is_shared and not is_last else nullcontext()
+
+
+def _copies(tensors: Iterator[Tensor]) -> list[Tensor]:
+    return [tensor.clone() for tensor in tensors]
+
+
+def _describe(step: StepResult) -> tuple[int, bool, str]:
+    """A bad step: its number, whether this rank's loss is at fault, and a line about it."""
+    parts = {name: float(part) for name, part in step.parts.items()}
+    is_loss = not bool(step.parts["total"].isfinite())
+    return (
+        step.step,
+        is_loss,
+        f"the {'loss' if is_loss else 'gradient'} is not finite at step {step.step}: "
+        f"{', '.join(f'{name} {value:g}' for name, value in parts.items())}; "
+        f"images {', '.join(step.images)}",
+    )
+
+
+def _total_memory(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).total_memory

@@ -1,0 +1,285 @@
+"""One training step: parts of a batch, bad numbers that change nothing, several ranks, memory."""
+
+import copy
+from multiprocessing import get_context
+from typing import NamedTuple
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from configs import load_config
+from engine import step as step_module
+from engine.state import TrainingState, build_state, check_batch
+from engine.step import explained_out_of_memory, split_batch, summarize, train_step
+from models import CMFSOutput
+from models.text_prior import TextPrior
+from utils.distributed import Devices
+from utils.errors import InputError
+
+CPU = Devices(torch.device("cpu"), 0, 0, 1)
+CONFIG = load_config("demo", ["train.batch_size=4"])
+CLASSES = CONFIG.data.num_classes
+
+
+class Pairs(NamedTuple):
+    rgb: torch.Tensor
+    thermal: torch.Tensor
+    label: torch.Tensor
+    valid: torch.Tensor
+    name: list[str]
+
+
+class Network(nn.Module):
+    """A convolution, or one with batch statistics."""
+
+    def __init__(self, has_statistics: bool) -> None:
+        super().__init__()
+        self.text_prior = TextPrior(torch.eye(2), source="none")
+        self.conv = nn.Conv2d(6, CLASSES + 3, 3, padding=1)
+        self.norm = nn.BatchNorm2d(CLASSES + 3) if has_statistics else nn.Identity()
+
+    def forward(self, rgb, thermal):
+        x = self.norm(self.conv(torch.cat([rgb, thermal], dim=1)))
+        return CMFSOutput(x[:, 3:], x[:, :3].sigmoid(), balance_loss=x.new_ones(()))
+
+    def expert_shares(self):
+        return torch.tensor([[0.5, 0.5]])
+
+
+def config_with(*overrides: str):
+    return load_config("demo", ["train.batch_size=4", *overrides])
+
+
+def batch_of(size: int) -> Pairs:
+    generator = torch.Generator().manual_seed(2)
+    images = torch.rand(2, size, 3, 8, 8, generator=generator)
+    labels = torch.randint(CLASSES, (size, 8, 8), generator=generator)
+    valid = torch.ones(size, 8, 8, dtype=torch.bool)
+    return Pairs(*images, labels, valid, [f"image{i}" for i in range(size)])
+
+
+def state_of(config, *, has_statistics: bool = True, devices: Devices = CPU) -> TrainingState:
+    torch.manual_seed(1)
+    return build_state(config, Network(has_statistics), devices, steps_per_epoch=4)
+
+
+def snapshot(state: TrainingState) -> dict[str, torch.Tensor]:
+    """Weights, statistics and moments."""
+    moments = {
+        f"{index}.{name}": value
+        for index, values in state.optimizer.state_dict()["state"].items()
+        for name, value in values.items()
+    }
+    return copy.deepcopy({**state.model.state_dict(), **moments})
+
+
+def changed(before: dict[str, torch.Tensor], state: TrainingState) -> set[str]:
+    now = snapshot(state)
+    assert now.keys() == before.keys()
+    return {name for name in now if not torch.equal(now[name], before[name])}
+
+
+def poison(monkeypatch, kind: str, number: float = float("nan")) -> None:
+    """Make every following loss or gradient bad."""
+    real = step_module.joint_loss
+
+    def joint_loss(*arguments):
+        parts = real(*arguments)
+        if kind == "loss":
+            parts["total"] = parts["total"] + number
+        elif kind == "unused loss":  # its gradient is finite by itself
+            parts["total"] = parts["total"] + torch.tensor(number)
+        else:
+            parts["total"].register_hook(lambda gradient: gradient * number)
+        return parts
+
+    monkeypatch.setattr(step_module, "joint_loss", joint_loss)
+
+
+@pytest.mark.parametrize("kind", ["loss", "unused loss", "gradient"])
+@pytest.mark.parametrize("precision", ["float32", "bf16"])
+@pytest.mark.parametrize("number", [float("nan"), float("inf")])
+def test_a_bad_step_changes_nothing(monkeypatch, kind, precision, number):
+    config = config_with(f"train.precision={precision}", "train.max_bad_steps=1")
+    state = state_of(config)
+    assert not train_step(state, batch_of(4), config).is_bad
+    before = snapshot(state)
+    with monkeypatch.context() as patch:
+        poison(patch, kind, number)
+        result = train_step(state, batch_of(4), config)
+    assert bool(result.is_bad)
+    assert changed(before, state) == set()
+    assert (state.step, state.batch) == (2, 2)
+    assert not train_step(state, batch_of(4), config).is_bad
+    assert changed(before, state) >= {"conv.weight", "norm.running_mean", "0.exp_avg"}
+
+
+def test_a_bad_forward_leaves_no_trace_in_running_statistics():
+    config = config_with("train.max_bad_steps=1")
+    state, batch = state_of(config), batch_of(4)
+    train_step(state, batch, config)
+    before = snapshot(state)
+    batch.rgb[1, 0, 3, 3] = float("nan")
+    assert train_step(state, batch, config).is_bad
+    assert changed(before, state) == set()
+
+
+def test_an_overflow_that_the_scale_caused_is_no_bad_step(monkeypatch):
+    config = config_with("train.precision=fp16")
+    state = state_of(config)
+    poison(monkeypatch, "gradient")
+    before = snapshot(state)
+    results = []
+    while not results or state.scaler.get_scale() >= 1:
+        results.append(bool(train_step(state, batch_of(4), config).is_bad))
+    assert len(results) == 17, "65536 halves to below 1"
+    assert results == [False] * 16 + [True]
+    assert {name for name in changed(before, state) if "norm." not in name} == set()
+    with monkeypatch.context() as patch:
+        poison(patch, "loss")
+        assert train_step(state_of(config), batch_of(4), config).is_bad
+
+
+@pytest.mark.parametrize("accumulation", [2, 4])
+def test_accumulated_parts_make_the_step_of_the_whole_batch(accumulation):
+    whole, config = config_with(), config_with(f"train.accumulation={accumulation}")
+    states = [state_of(c, has_statistics=False) for c in (whole, config)]
+    results = [
+        train_step(state, batch_of(4), c) for state, c in zip(states, (whole, config), strict=True)
+    ]
+    for name, value in results[0].parts.items():
+        assert results[1].parts[name] == pytest.approx(float(value), rel=1e-5), name
+    gradients = [state.model.conv.weight.grad for state in states]
+    torch.testing.assert_close(gradients[1], gradients[0], rtol=1e-4, atol=1e-6)
+    assert results[1].images == results[0].images
+
+
+def test_split_batch_keeps_every_image_once():
+    batch = batch_of(4)
+    parts = split_batch(batch, 2)
+    assert [part.name for part in parts] == [["image0", "image1"], ["image2", "image3"]]
+    assert torch.equal(torch.cat([part.label for part in parts]), batch.label)
+
+
+@pytest.mark.parametrize(
+    ("size", "ranks", "accumulation", "better"), [(4, 1, 3, 6), (6, 2, 2, 8), (5, 2, 1, 6)]
+)
+def test_an_uneven_batch_names_the_numbers(size, ranks, accumulation, better):
+    config = config_with(f"train.batch_size={size}", f"train.accumulation={accumulation}")
+    message = (
+        f"batch_size {size} .* {ranks} processes x train.accumulation {accumulation} = "
+        f"{ranks * accumulation} equal parts; set it to {better}"
+    )
+    with pytest.raises(InputError, match=message):
+        check_batch(config, ranks)
+
+
+def test_summary_leaves_bad_steps_out_of_the_means(monkeypatch):
+    config = config_with("train.max_bad_steps=9")
+    state = state_of(config)
+    steps = [train_step(state, batch_of(4), config)]
+    poison(monkeypatch, "loss")
+    steps.append(train_step(state, batch_of(4), config))
+    summary = summarize(steps)
+    assert summary.losses["total"] == pytest.approx(float(steps[0].parts["total"]))
+    (text,) = summary.bad_steps
+    assert "the loss is not finite at step 2" in text
+    assert "total nan" in text and "segmentation nan" not in text and "image0, image1" in text
+    assert summarize(steps[1:]).losses == {}
+
+
+def ranks_step(rank: int, folder: str, bad_rank: int | None, queue) -> None:
+    """Two steps of one of two ranks, whose first loss may be bad."""
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", f"file://{folder}/store", rank=rank, world_size=2)
+    config = config_with("train.accumulation=2", "train.max_bad_steps=1", "train.batch_size=8")
+    devices = Devices(torch.device("cpu"), rank, rank, 2)
+    state = state_of(config, has_statistics=False, devices=devices)
+    batch = Pairs(*(field[rank::2] for field in batch_of(8)))
+    start = snapshot(state)["conv.weight"]
+    real = step_module.joint_loss
+    if rank == bad_rank:
+        step_module.joint_loss = lambda *a: {k: v * torch.nan for k, v in real(*a).items()}
+    steps = [train_step(state, batch, config)]
+    has_moved = not torch.equal(start, state.model.conv.weight)
+    step_module.joint_loss = real
+    steps.append(train_step(state, batch, config))
+    summary = summarize(steps)
+    queue.put((rank, has_moved, summary, state.model.conv.weight.grad.tolist()))
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("bad_rank", [None, 1])
+def test_two_ranks_accumulate_and_leave_out_the_same_steps(tmp_path, bad_rank):
+    context = get_context("fork")
+    queue = context.Queue()
+    processes = [
+        context.Process(target=ranks_step, args=(rank, str(tmp_path), bad_rank, queue))
+        for rank in range(2)
+    ]
+    for process in processes:
+        process.start()
+    found = sorted((queue.get(timeout=60) for _ in processes), key=lambda result: result[0])
+    for process in processes:
+        process.join(timeout=60)
+        assert process.exitcode == 0
+    summaries = [result[2] for result in found]
+    assert [result[1] for result in found] == [bad_rank is None] * 2
+    assert [len(summary.bad_steps) for summary in summaries] == [int(bad_rank is not None)] * 2
+    assert summaries[0].losses == summaries[1].losses
+    assert found[0][3] == found[1][3], "gradients differ"
+
+    config = config_with("train.batch_size=8")
+    state = state_of(config, has_statistics=False)
+    alone = [train_step(state, batch_of(8), config) for _ in range(2 if bad_rank is None else 1)]
+    torch.testing.assert_close(
+        torch.tensor(found[0][3]), state.model.conv.weight.grad, rtol=1e-4, atol=1e-6
+    )
+    assert summaries[0].losses["total"] == pytest.approx(summarize(alone).losses["total"], rel=1e-5)
+
+
+def test_a_full_gpu_names_what_filled_it_and_what_helps(monkeypatch):
+    config = config_with(
+        "train.batch_size=8", "train.accumulation=2", "train.crop=[480,640]", "train.precision=bf16"
+    )
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: 23 * 2**30)
+    monkeypatch.setattr(step_module, "_total_memory", lambda device: 24 * 2**30)
+    with pytest.raises(InputError) as error, explained_out_of_memory(config, CPU.device):
+        raise torch.cuda.OutOfMemoryError("CUDA out of memory")
+    text = str(error.value)
+    for words in (
+        "4 images of 480x640", "train.batch_size 8", "peak 23.0 of 24.0 GiB",
+        "train.accumulation=4", "train.crop",
+    ):  # fmt: skip
+        assert words in text
+
+
+def test_other_errors_pass_the_memory_guard():
+    with pytest.raises(ZeroDivisionError), explained_out_of_memory(CONFIG, CPU.device):
+        raise ZeroDivisionError
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("precision", ["float32", "bf16", "fp16"])
+def test_a_step_never_waits_for_the_gpu(precision):
+    config = config_with(
+        f"train.precision={precision}", "train.max_bad_steps=1", "train.ema_decay=0.9"
+    )
+    device = torch.device("cuda", 0)
+    state = state_of(config, devices=Devices(device, 0, 0, 1))
+    state.model.expert_shares = lambda: torch.zeros(1, 2, device=device)
+    batch = Pairs(*(x.to(device) if isinstance(x, torch.Tensor) else x for x in batch_of(4)))
+    train_step(state, batch, config)  # makes moments and kernels
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        results = [train_step(state, batch, config) for _ in range(3)]
+        batch.rgb[0, 0, 0, 0] = torch.nan
+        before = snapshot(state)
+        results.append(train_step(state, batch, config))
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert [bool(result.is_bad) for result in results] == [False, False, False, True]
+    assert changed(before, state) == set()
