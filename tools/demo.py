@@ -8,6 +8,7 @@ be done by hand. A run that was stopped goes on where it was; a finished one is 
 """
 
 import argparse
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -48,7 +49,10 @@ def main() -> None:
 def run(script: str, *arguments: str) -> None:
     """Run one of the project's scripts from its root; its failure ends the demo with its code."""
     print(f"\n$ python {script} {' '.join(arguments)}", flush=True)
-    result = subprocess.run([sys.executable, script, *arguments], cwd=ROOT, check=False)
+    # Threads that wait without spinning: on a CPU that does other work too, spinning costs far more.
+    environment = {"OMP_WAIT_POLICY": "passive", **os.environ}
+    command = [sys.executable, script, *arguments]
+    result = subprocess.run(command, cwd=ROOT, env=environment, check=False)
     if result.returncode:
         sys.exit(result.returncode)
 
