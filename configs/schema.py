@@ -1,15 +1,31 @@
 """The typed config tree: every field with its unit and range; values live in base_config.yaml."""
 
+from pathlib import PurePosixPath, PureWindowsPath
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    model_validator,
+)
 
 
 def _none_from_text(value: Any) -> Any:
     return None if isinstance(value, str) and value.lower() == "none" else value
 
 
+def _stays_inside(value: str) -> str:
+    for path in (PurePosixPath(value), PureWindowsPath(value)):
+        if not value or path.anchor or ".." in path.parts:
+            raise ValueError("must be a folder inside data.dataset_path, without a leading / or ..")
+    return value
+
+
 _none_word = BeforeValidator(_none_from_text)
+FolderInside = Annotated[str, AfterValidator(_stays_inside)]
 PositiveInt = Annotated[int, Field(ge=1)]
 Colour = tuple[
     Annotated[int, Field(ge=0, le=255)],
@@ -28,9 +44,9 @@ class DataConfig(_Section):
 
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")]
     dataset_path: str  # "{name}" stands for data.name
-    rgb_folder: str
-    thermal_folder: str
-    label_folder: str
+    rgb_folder: FolderInside  # in dataset_path
+    thermal_folder: FolderInside
+    label_folder: FolderInside
     class_names: Annotated[tuple[str, ...], Field(min_length=2, max_length=255)]
     palette: tuple[Colour, ...]  # RGB, one per class
     prompt: Annotated[str, Field(pattern=r"\{\}")]  # "{}" stands for the class name

@@ -6,15 +6,14 @@ import signal
 import time
 from pathlib import Path
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
 from configs import Config, dump_config
 from engine.evaluate import evaluate_segmentation
+from engine.examples import Examples
 from engine.feed import Feed
-from engine.inference import Prediction
 from engine.optim import lr_at
 from engine.state import (
     TrainingState,
@@ -26,7 +25,6 @@ from engine.state import (
     settle,
 )
 from engine.step import (
-    NamedBatch,
     StepResult,
     explained_out_of_memory,
     summarize,
@@ -36,14 +34,10 @@ from models import CMFS
 from utils.cli import StopRequest
 from utils.distributed import Devices, is_main_process, largest
 from utils.environment import environment_info
-from utils.image import colorize, contact_sheet, to_uint8
 from utils.log import RunReport
 from utils.run_folder import RunFolder
 
 log = logging.getLogger(__name__)
-
-_EXAMPLES = 4  # validation images shown in TensorBoard
-_EXAMPLE_TITLES = ("rgb", "thermal", "fused", "prediction", "truth")
 
 
 def fit(
@@ -186,39 +180,21 @@ def validate(
     report: RunReport,
 ) -> None:
     """Score the validation split; the best mIoU so far makes best.pth."""
-    examples: list[list[np.ndarray]] = []
-
-    def keep_examples(batch: NamedBatch, prediction: Prediction) -> None:
-        if is_main_process() and len(examples) < _EXAMPLES:
-            examples.extend(example_rows(batch, prediction, config)[: _EXAMPLES - len(examples)])
-
+    examples = Examples(config)
     model = state.scored_model.eval()
-    metrics = evaluate_segmentation(model, loader, config, device, on_prediction=keep_examples)
+    metrics = evaluate_segmentation(model, loader, config, device, on_prediction=examples)
     miou = metrics["miou"]
     log.info(
         "validation after epoch %d, step %d: mIoU %s (best before: %s)",
         *(state.epochs_done, state.step, _percent(miou), _percent(state.best_miou)),
     )
     scores = {f"val_iou/{name}": iou for name, iou in metrics["class_iou"].items()}
-    picture = contact_sheet(examples, _EXAMPLE_TITLES) if examples else None
-    report.validation({"val/miou": miou, **scores}, picture, step=state.step)
+    if is_main_process():
+        pictures = examples.draw(model, device)
+        report.validation({"val/miou": miou, **scores}, *pictures, step=state.step)
     if miou is not None and (state.best_miou is None or miou > state.best_miou):
         state.best_miou = miou
         save_best(state, config, folder, metrics)
-
-
-def example_rows(
-    batch: NamedBatch, prediction: Prediction, config: Config
-) -> list[list[np.ndarray]]:
-    """A row of pictures (H, W, 3) for each image of a batch, in the order of the titles."""
-    palette = config.data.palette
-    rows = []
-    for index in range(len(batch.name)):
-        images = (batch.rgb[index], batch.thermal[index], prediction.fused[index])
-        labels = (prediction.segmentation[index], batch.label[index])
-        maps = [colorize(x.to(torch.uint8).cpu().numpy(), palette) for x in labels]
-        rows.append([*map(to_uint8, images), *maps])
-    return rows
 
 
 def _percent(share: float | None) -> str:

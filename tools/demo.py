@@ -49,8 +49,8 @@ def main() -> None:
 def run(script: str, *arguments: str) -> None:
     """Run one of the project's scripts from its root; its failure ends the demo with its code."""
     print(f"\n$ python {script} {' '.join(arguments)}", flush=True)
-    # Waiting threads shall not spin: on a busy CPU that costs far more than it wins elsewhere.
-    environment = {"OMP_WAIT_POLICY": "passive", **os.environ}
+    # On maps this small a second thread wins a fifth on an idle CPU, and loses all on a busy one.
+    environment = {"OMP_NUM_THREADS": "1", **os.environ}
     command = [sys.executable, script, *arguments]
     result = subprocess.run(command, cwd=ROOT, env=environment, check=False)
     if result.returncode:

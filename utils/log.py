@@ -92,6 +92,10 @@ class TensorBoard:
         """image: (H, W, 3) uint8."""
         self._writer.add_image(name, image, step, dataformats="HWC")
 
+    def histogram(self, name: str, values: np.ndarray, step: int) -> None:
+        """values: (N,)."""
+        self._writer.add_histogram(name, values, step)
+
     def close(self) -> None:
         self._writer.close()
 
@@ -205,14 +209,26 @@ class RunReport:
         self._bar.update(step - self._bar.n)
 
     def validation(
-        self, scores: Mapping[str, float | None], example: np.ndarray | None, *, step: int
+        self,
+        scores: Mapping[str, float | None],
+        pictures: Mapping[str, np.ndarray],
+        histograms: Mapping[str, np.ndarray],
+        *,
+        step: int,
     ) -> None:
-        """Report a validation: scores by TensorBoard name, and a picture (H, W, 3) uint8."""
+        """Report a validation, all by TensorBoard name.
+
+        Args:
+            pictures: (H, W, 3) uint8.
+            histograms: the values, (N,).
+        """
         if not self._is_enabled:
             return
         self._tensorboard.scalars(scores, step)
-        if example is not None:
-            self._tensorboard.image("examples", example, step)
+        for name, picture in pictures.items():
+            self._tensorboard.image(name, picture, step)
+        for name, values in histograms.items():
+            self._tensorboard.histogram(name, values, step)
 
 
 def _gpu_memory() -> list[str]:

@@ -106,6 +106,17 @@ def test_dump_reads_back(tmp_path):
     assert load_config(str(path)) == config
 
 
+@pytest.mark.parametrize("folder", ["../other", "/etc", "a/../../b", "C:/x", "..\\other", "''"])
+@pytest.mark.parametrize("field", ["rgb_folder", "thermal_folder", "label_folder"])
+def test_image_folders_stay_inside_the_dataset(field, folder):
+    with pytest.raises(ConfigError, match=f"data.{field}.*inside data.dataset_path"):
+        load_config("mfnet", [f"data.{field}={folder}"])
+
+
+def test_image_folders_may_be_nested():
+    assert load_config("mfnet", ["data.rgb_folder=images/rgb"]).data.rgb_folder == "images/rgb"
+
+
 def test_config_is_frozen():
     with pytest.raises(ValueError, match="frozen"):
         load_config("mfnet").train.lr = 1.0
