@@ -1,4 +1,4 @@
-"""Train CMFS on one dataset.
+r"""Train CMFS on one dataset.
 
 Checkpoints, logs and TensorBoard files go to experiment/<Name>/<exp>/. The images of val.txt choose
 best.pth. Ctrl-C and SIGTERM save the exact state and end the run; --resume goes on with it.
@@ -13,16 +13,22 @@ Examples:
     python train.py -n mfnet --exp bf16 --set train.precision=bf16
     tensorboard --logdir experiment
 
+Several hosts that share the folder experiment/, each with this command; when one is lost the others
+go on from the last epoch-last.pth, and take it in again when it is back:
+    torchrun --nnodes=1:2 --nproc_per_node=4 --max_restarts=9 --rdzv_id=mfnet --rdzv_backend=c10d \
+        --rdzv_endpoint=FIRST_HOST:29400 train.py -n mfnet --resume
+
 Exit codes: 0 done; 2 bad input (one line on stderr); 130 or 143 after SIGINT or SIGTERM, saved.
 Under torchrun each process has these; torchrun itself ends with its own.
 """
 
 import argparse
 import logging
+from contextlib import nullcontext
 
 import torch
 
-from configs import load_config
+from configs import Config, load_config
 from dataloader.build import build_eval_loader, build_train_loader
 from dataloader.check import refuse_bad_lists
 from engine.state import starting_point
@@ -30,6 +36,7 @@ from engine.trainer import fit
 from models import build_model
 from utils.cli import common_parser, run_main
 from utils.distributed import is_main_process, setup_devices, shutdown, start_processes
+from utils.lock import claim
 from utils.log import setup_logging
 from utils.run_folder import RunFolder
 from utils.seed import seed_everything
@@ -55,6 +62,13 @@ def main() -> int:
     config = load_config(arguments.dataset_name, arguments.set)
     start_processes(arguments.devices, arguments.port)
     folder = RunFolder(config, arguments.exp)
+    lock = claim(folder.path) if is_main_process() else nullcontext()
+    with lock:
+        return train(arguments, config, folder)
+
+
+def train(arguments: argparse.Namespace, config: Config, folder: RunFolder) -> int:
+    """One run in its folder; returns the exit code."""
     resume_from = starting_point(folder, resume=arguments.resume)
     setup_logging(folder.log_file, main=is_main_process())
     if arguments.resume and resume_from is None:

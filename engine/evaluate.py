@@ -1,7 +1,15 @@
 """Loops over a loader: segmentation to IoU, fusion to its metrics; every rank takes its share."""
 
 import math
-from collections.abc import Callable, Container, Iterable, Iterator, Mapping
+from collections.abc import (
+    Callable,
+    Collection,
+    Container,
+    Iterable,
+    Iterator,
+    Mapping,
+    Sequence,
+)
 from typing import Any, Protocol
 
 import torch
@@ -25,6 +33,7 @@ class Batch(Protocol):
     name: list[str]  # stems
 
 
+Row = dict[str, float | None]  # the scores of one image; None where undefined
 OnPrediction = Callable[[Batch, Prediction], None]  # the batch on the CPU, the rest on the device
 
 
@@ -35,6 +44,7 @@ def evaluate_segmentation(
     device: torch.device,
     *,
     groups: Mapping[str, Container[str]] | None = None,
+    by_image: bool = False,
     on_prediction: OnPrediction | None = None,
 ) -> dict[str, Any]:
     """Score a whole split from one confusion matrix over all ranks.
@@ -42,17 +52,19 @@ def evaluate_segmentation(
     Args:
         model: in evaluation mode, on `device`.
         groups: names of parts of the split (day, night) and the stems in each.
+        by_image: score every image alone, too.
         on_prediction: called with each of this rank's batches.
     Returns:
         The same on every rank: what ConfusionMatrix.compute() gives, with class_iou and
         class_accuracy by class name, and the number of images; and for each group, under its
-        name, the same again.
+        name, the same again. With by_image, "by_image" holds {"miou", "pixel_accuracy"} by stem.
     """
     whole, parts = "", dict(groups or {})
     matrices = {
         name: ConfusionMatrix(config.data.num_classes).to(device) for name in (whole, *parts)
     }
     names: list[str] = []
+    alone: dict[str, ConfusionMatrix] = {}
     for batch, prediction in _predictions(model, loader, config, device):
         segmentation, label = prediction.segmentation, batch.label.to(device, non_blocking=True)
         matrices[whole].update(segmentation, label)
@@ -60,6 +72,9 @@ def evaluate_segmentation(
             rows = [row for row, name in enumerate(batch.name) if name in stems]
             if rows:
                 matrices[part].update(segmentation[rows], label[rows])
+        for row, name in enumerate(batch.name if by_image else ()):
+            alone[name] = ConfusionMatrix(config.data.num_classes).to(device)
+            alone[name].update(segmentation[row], label[row])
         names += batch.name
         if on_prediction is not None:
             on_prediction(batch, prediction)
@@ -69,7 +84,12 @@ def evaluate_segmentation(
         matrix.reduce()
         count = sum(part == whole or name in parts[part] for name in names)
         scores[part] = {**_by_class_name(matrix.compute(), config), "images": count}
-    return {**scores.pop(whole), **scores}
+    scores = {**scores.pop(whole), **scores}
+    if by_image:
+        scores["by_image"] = _merge_ranks(
+            {name: _of_one_image(matrix.compute()) for name, matrix in alone.items()}
+        )
+    return scores
 
 
 def evaluate_fusion(
@@ -86,22 +106,34 @@ def evaluate_fusion(
         The same on every rank: "images", metrics by stem, and "mean" over the images for which a
         metric is defined; None where it is not.
     """
-    rows: dict[str, dict[str, float | None]] = {}
+    rows: dict[str, Row] = {}
     for batch, prediction in _predictions(model, loader, config, device):
-        rgb, thermal, fused = (
+        images = (
             _to_bytes(image.to(device)) for image in (batch.rgb, batch.thermal, prediction.fused)
         )
-        columns = fusion_metrics(rgb, thermal[:, :1], fused, protocol=config.eval.protocol)
-        table = torch.stack(list(columns.values()), 1).tolist()  # one transfer for all metrics
-        for name, row in zip(batch.name, table, strict=True):
-            rows[name] = dict(zip(columns, map(_finite_or_none, row), strict=True))
+        rows |= score_fused(batch.name, *images, protocol=config.eval.protocol)
         if on_prediction is not None:
             on_prediction(batch, prediction)
-    images = {name: row for part in gather_objects(rows) for name, row in part.items()}
-    images = dict(sorted(images.items()))
-    metrics = next(iter(images.values()), {})
-    mean = {metric: _mean(row[metric] for row in images.values()) for metric in metrics}
-    return {"mean": mean, "images": images}
+    images = _merge_ranks(rows)
+    return {"mean": mean_row(images.values()), "images": images}
+
+
+def score_fused(
+    names: Sequence[str], rgb: Tensor, thermal: Tensor, fused: Tensor, *, protocol: str
+) -> dict[str, Row]:
+    """Fusion metrics of a batch by image; see utils.fusion_metrics for tensors and protocols."""
+    columns = fusion_metrics(rgb, thermal[:, :1], fused, protocol=protocol)
+    table = torch.stack(list(columns.values()), 1).tolist()  # one transfer for all metrics
+    return {
+        name: dict(zip(columns, map(_finite_or_none, row), strict=True))
+        for name, row in zip(names, table, strict=True)
+    }
+
+
+def mean_row(rows: Collection[Row]) -> Row:
+    """Every metric's mean over the images for which it is defined; None where for none."""
+    metrics = next(iter(rows), {})
+    return {metric: _mean(row[metric] for row in rows) for metric in metrics}
 
 
 def _predictions(
@@ -116,6 +148,15 @@ def _predictions(
         except InputError as error:
             raise InputError(f"{', '.join(batch.name)}: {error}") from error
         yield batch, prediction
+
+
+def _merge_ranks(rows: dict[str, Row]) -> dict[str, Row]:
+    """The rows of all ranks, in the order of their names, on every rank."""
+    return dict(sorted(item for part in gather_objects(rows) for item in part.items()))
+
+
+def _of_one_image(scores: dict[str, Any]) -> Row:
+    return {key: scores[key] for key in ("miou", "pixel_accuracy")}
 
 
 def _by_class_name(scores: dict[str, Any], config: Config) -> dict[str, Any]:

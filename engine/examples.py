@@ -31,6 +31,7 @@ class Examples:
 
     def __init__(self, config: Config) -> None:
         self._palette = config.data.palette
+        self._crop = config.eval.crop or (None, None)  # what fits into the memory at once
         self._rows: list[list[np.ndarray]] = []
         self._inputs: list[tuple[Tensor, Tensor]] = []  # (1, 3, H, W) each, on the CPU
 
@@ -40,12 +41,14 @@ class Examples:
             labels = (prediction.segmentation[index], batch.label[index])
             maps = [colorize(x.to(torch.uint8).cpu().numpy(), self._palette) for x in labels]
             self._rows.append([*map(to_uint8, images), *maps])
-            self._inputs.append((batch.rgb[index : index + 1], batch.thermal[index : index + 1]))
+            corner = (slice(index, index + 1), slice(None), *map(slice, self._crop))
+            self._inputs.append((batch.rgb[corner], batch.thermal[corner]))
 
     def draw(self, model: CMFS, device: torch.device) -> Pictures:
         """Inputs and outputs, every stage's text gate as a heat map, and the spread of log10 dt.
 
-        Gates are black at 0, yellow at 1; dt is that of the first image.
+        Gates are black at 0, yellow at 1; dt is that of the first image. Where eval.crop is set,
+        both are those of an image's upper left corner of that size.
         """
         if not self._rows:
             return Pictures({}, {})
@@ -56,8 +59,8 @@ class Examples:
         stages = [f"gate of stage {stage}" for stage in range(len(insides[0].gates))]
         if stages:
             gates = [
-                [row[0], *(heat_map(gate.numpy(), row[0].shape[:2]) for gate in inside.gates)]
-                for row, inside in zip(self._rows, insides, strict=True)
+                [to_uint8(rgb[0]), *(heat_map(g.numpy(), tuple(rgb.shape[2:])) for g in x.gates)]
+                for (rgb, _), x in zip(self._inputs, insides, strict=True)
             ]
             sheets["text_gates"] = contact_sheet(gates, ["rgb", *stages])
         histograms = {f"dt_log10/{part}": x.log10().numpy() for part, x in insides[0].dt.items()}

@@ -126,7 +126,7 @@ def test_a_started_run_is_not_overwritten(run_train, arguments, tmp_path):
     (folder / "checkpoint").mkdir(parents=True)
     (folder / "checkpoint" / "best.pth").touch()
     assert_one_error_line(run_train(*arguments), str(folder), "--resume", "--exp NAME")
-    assert [path.name for path in folder.iterdir()] == ["checkpoint"]
+    assert {path.name for path in folder.iterdir()} == {"checkpoint", ".lock"}
 
 
 def test_sigterm_saves_and_resume_goes_on(run_train, arguments, tmp_path):
@@ -171,4 +171,5 @@ def test_one_run_from_nothing_leaves_what_eval_looks_for(run_train, arguments, t
     assert select_checkpoints(folder.checkpoints, "best") == [folder.best_checkpoint]
     assert {path.name for path in folder.path.iterdir()} == {
         "checkpoint", "tb", "train_output.log", "config.yaml", "environment.json", "metrics.jsonl",
+        ".lock",
     }  # fmt: skip

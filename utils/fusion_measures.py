@@ -35,11 +35,12 @@ def average_gradient(image: Tensor) -> Tensor:
     return torch.sqrt((gradient_x**2 + gradient_y**2) / 2).mean((1, 2))
 
 
-def mutual_information(first: Tensor, second: Tensor) -> Tensor:
-    """MI of the grey levels of two images, nats."""
-    joint = _histogram(first.round() * LEVELS + second.round(), LEVELS**2)
-    joint = joint.unflatten(1, (LEVELS, LEVELS))
-    return _entropy(joint.sum(2)) + _entropy(joint.sum(1)) - _entropy(joint.flatten(1))
+def mutual_information(first: Tensor, second: Tensor, *, last_level: int = LEVELS - 1) -> Tensor:
+    """MI of the grey levels of two images, nats; levels above last_level count as it, if joint."""
+    first, second = first.round(), second.round()
+    levels = (x.clamp_max(last_level) for x in (first, second))
+    joint = _entropy(_histogram(next(levels) * LEVELS + next(levels), LEVELS**2))
+    return _entropy(_histogram(first, LEVELS)) + _entropy(_histogram(second, LEVELS)) - joint
 
 
 def mean_squared_error(thermal: Tensor, rgb: Tensor, fused: Tensor) -> Tensor:
@@ -92,25 +93,48 @@ def visual_information_fidelity(source: Tensor, fused: Tensor) -> Tensor:
     return torch.where(available > 0, kept / available.clamp_min(1e-300), torch.ones_like(kept))
 
 
-def edge_preservation(thermal: Tensor, rgb: Tensor, fused: Tensor) -> Tensor:
+def edge_preservation(thermal: Tensor, rgb: Tensor, fused: Tensor, *, equal_is_one: bool) -> Tensor:
     """Qabf (Xydeas and Petrović, 2000): edges of both sources found again in the fused image.
 
-    Where a source's and the fused edge are equally strong, the published programs take the strength
-    itself for their ratio (a slip that is kept here; those pixels are rare in real images).
     0 where neither source has an edge.
+
+    Args:
+        equal_is_one: the ratio of two edges of the same strength is 1; False: it is that strength,
+            as published programs have it by a slip.
     """
     strength_f, angle_f = _edges(fused)
     kept = available = torch.zeros(len(fused), dtype=fused.dtype, device=fused.device)
     for source in (thermal, rgb):
         strength, angle = _edges(source)
         weaker, stronger = torch.minimum(strength, strength_f), torch.maximum(strength, strength_f)
-        ratio = torch.where(strength == strength_f, strength_f, weaker / stronger.clamp_min(1e-300))
+        ratio = weaker / stronger.clamp_min(1e-300)
+        equal = torch.ones_like(ratio) if equal_is_one else strength_f
+        ratio = torch.where(strength == strength_f, equal, ratio)
         turn = 1 - (angle - angle_f).abs() * 2 / math.pi
         by_strength = 0.9994 / (1 + torch.exp(-15 * (ratio - 0.5)))
         by_angle = 0.9879 / (1 + torch.exp(-22 * (turn - 0.8)))
         kept = kept + (by_strength * by_angle * strength).sum((1, 2))
         available = available + strength.sum((1, 2))
     return kept / available.clamp_min(1e-300)
+
+
+def fusion_artifacts(first: Tensor, second: Tensor, fused: Tensor) -> Tensor:
+    """Nabf (Shreyamsha Kumar, 2013): edges of the fused image that neither source has; 0 = none."""
+    strength_f, angle_f = _mirrored_edges(fused)
+    lost, available = torch.zeros_like(fused), 0.0
+    is_new = torch.ones_like(strength_f, dtype=torch.bool)
+    for source in (first, second):
+        strength, angle = _mirrored_edges(source)
+        weaker, stronger = torch.minimum(strength, strength_f), torch.maximum(strength, strength_f)
+        ratio = weaker / stronger.clamp_min(1e-300)
+        turn = ((angle - angle_f).abs() - math.pi / 2).abs() * 2 / math.pi
+        by_strength = 0.9999 / (1 + torch.exp(-19 * (ratio - 0.5)))
+        by_angle = 0.9995 / (1 + torch.exp(-22 * (turn - 0.5)))
+        weight = torch.where(strength >= 2, strength**1.5, torch.full_like(strength, 0.001))
+        is_new = is_new & (strength_f > strength)
+        lost = lost + (1 - torch.sqrt(by_strength * by_angle)) * weight
+        available = available + weight.sum((1, 2))
+    return (lost * is_new).sum((1, 2)) / available
 
 
 def structural_similarity(
@@ -122,13 +146,37 @@ def structural_similarity(
         window: (n,) weights along each side, sum 1.
         correction: factor of variances and covariance, n²/(n² - 1) for sample statistics.
     """
+    luminance, structure = _similarity_maps(first, second, window, data_range, correction)
+    return (luminance * structure).mean((1, 2))
+
+
+def multi_scale_similarity(first: Tensor, second: Tensor, *, data_range: float) -> Tensor:
+    """MS-SSIM (Wang et al., 2003): 5 levels, Gaussian window of 11 and σ 1.5.
+
+    NaN where min(H, W) < 176, because the last level has no room for its window.
+    """
+    if min(first.shape[1:]) < 176:
+        return first.new_full((len(first),), math.nan)
+    window, result = gaussian_window(11, 1.5), 1.0
+    weights = (0.0448, 0.2856, 0.3001, 0.2363, 0.1333)
+    for level, weight in enumerate(weights, start=1):
+        luminance, structure = _similarity_maps(first, second, window, data_range, 1.0)
+        value = structure if level < len(weights) else luminance * structure
+        result = result * value.mean((1, 2)).clamp_min(0) ** weight
+        first, second = (F.avg_pool2d(x, 2) for x in (first, second))
+    return result
+
+
+def _similarity_maps(
+    first: Tensor, second: Tensor, window: Tensor, data_range: float, correction: float
+) -> tuple[Tensor, Tensor]:
+    """SSIM's luminance, and its contrast times structure, where the window fits."""
     mean_a, mean_b = smooth(first, window), smooth(second, window)
     variances = smooth(first**2, window) - mean_a**2 + smooth(second**2, window) - mean_b**2
     covariance = smooth(first * second, window) - mean_a * mean_b
     c1, c2 = (0.01 * data_range) ** 2, (0.03 * data_range) ** 2
     luminance = (2 * mean_a * mean_b + c1) / (mean_a**2 + mean_b**2 + c1)
-    structure = (2 * correction * covariance + c2) / (correction * variances + c2)
-    return (luminance * structure).mean((1, 2))
+    return luminance, (2 * correction * covariance + c2) / (correction * variances + c2)
 
 
 def gaussian_window(side: int, sigma: float) -> Tensor:
@@ -152,14 +200,26 @@ def smooth(image: Tensor, window: Tensor) -> Tensor:
 
 def _edges(image: Tensor) -> tuple[Tensor, Tensor]:
     """Sobel strength and angle with zeros outside the image, π/2 where the slope is vertical."""
-    padded = F.pad(image, (1, 1, 1, 1))
+    gradient_x, gradient_y = _sobel(F.pad(image, (1, 1, 1, 1)))
+    strength = torch.sqrt(gradient_x**2 + gradient_y**2)
+    angle = torch.atan(-gradient_y / gradient_x)
+    return strength, angle.masked_fill(gradient_x == 0, math.pi / 2)
+
+
+def _mirrored_edges(image: Tensor) -> tuple[Tensor, Tensor]:
+    """Sobel strength and angle of Nabf: an eighth of the gradient, mirrored at the border."""
+    gradient_x, gradient_y = _sobel(F.pad(image[:, None], (1, 1, 1, 1), mode="reflect")[:, 0] / 8)
+    strength = torch.sqrt(gradient_x**2 + gradient_y**2)
+    return strength, torch.atan(gradient_x / gradient_y).masked_fill(strength == 0, 0)
+
+
+def _sobel(padded: Tensor) -> tuple[Tensor, Tensor]:
+    """Gradients across the columns and along them: (B, H + 2, W + 2) -> (B, H, W) each."""
     across = padded[..., 2:] - padded[..., :-2]
     along = padded[:, 2:] - padded[:, :-2]
     gradient_x = across[:, :-2] + 2 * across[:, 1:-1] + across[:, 2:]
     gradient_y = along[..., :-2] + 2 * along[..., 1:-1] + along[..., 2:]
-    strength = torch.sqrt(gradient_x**2 + gradient_y**2)
-    angle = torch.atan(-gradient_y / gradient_x)
-    return strength, angle.masked_fill(gradient_x == 0, math.pi / 2)
+    return gradient_x, gradient_y
 
 
 def _histogram(values: Tensor, bins: int) -> Tensor:

@@ -1,15 +1,23 @@
 """Fusion metrics of batches of images, by named protocol.
 
 Published programs disagree by more than fusion methods do, so every number belongs to a protocol:
-"cddfuse" is the Python Evaluator of MMIF-CDDFuse, the most used one.
+"cddfuse" is the Python Evaluator of MMIF-CDDFuse, the most used one; "tang" the MATLAB toolbox
+Evaluation-for-Image-Fusion, the most cited one; "strict" has each formula as it was published,
+without the slips of the two.
 """
 
+import math
+from collections.abc import Callable
+
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from utils import fusion_measures as measure
+from utils.exposure_similarity import exposure_similarity
 
-LUMA = (0.299, 0.587, 0.114)
+OPENCV_LUMA = (0.299, 0.587, 0.114)
+MATLAB_LUMA = (0.298936021293775, 0.587043074451121, 0.114020904255103)  # rgb2gray
 
 
 def fusion_metrics(
@@ -21,7 +29,8 @@ def fusion_metrics(
         rgb, thermal, fused: uint8 (B, 3 or 1, H, W), all of one size, on one device; H, W >= 32.
         protocol: a name of PROTOCOLS.
     Returns:
-        Metric name to (B,) float64.
+        Metric name to (B,) float64; NaN where a metric has no value (a correlation with a constant
+        image, or an image too small for its scales).
     Raises:
         ValueError: another dtype or shape, or an unknown protocol.
     """
@@ -41,26 +50,90 @@ def fusion_metrics(
 
 def _cddfuse(rgb: Tensor, thermal: Tensor, fused: Tensor) -> dict[str, Tensor]:
     """MI in nats; SSIM with data range 2 (what its scikit-image took for floats); VIF a sum."""
-    a, b, f = (_luma(image).round() for image in (thermal, rgb, fused))
+    a, b, f = (_grey(image, OPENCV_LUMA).round() for image in (thermal, rgb, fused))
     error = measure.mean_squared_error(a, b, f)
     window = measure.uniform_window(7)
     similarity = {"data_range": 2.0, "correction": 49 / 48}
     return {
-        "EN": measure.entropy(f),
-        "SD": measure.standard_deviation(f),
-        "SF": measure.spatial_frequency(f),
+        **_common(a, b, f),
         "AG": measure.average_gradient(f),
         "MI": measure.mutual_information(a, f) + measure.mutual_information(b, f),
         "MSE": error,
         "PSNR": _decibel(f.amax((1, 2)), error),
-        "CC": (measure.correlation(a, f) + measure.correlation(b, f)) / 2,
-        "SCD": measure.sum_of_correlations_of_differences(a, b, f),
         "VIF": measure.visual_information_fidelity(a, f)
         + measure.visual_information_fidelity(b, f),
-        "Qabf": measure.edge_preservation(a, b, f),
+        "Qabf": measure.edge_preservation(a, b, f, equal_is_one=False),
         "SSIM": measure.structural_similarity(a, f, window, **similarity)
         + measure.structural_similarity(b, f, window, **similarity),
     }
+
+
+def _tang(rgb: Tensor, thermal: Tensor, fused: Tensor) -> dict[str, Tensor]:
+    """MI in bits, levels 254 and 255 in one joint bin; MSE on [0, 1], but PSNR of 255 over it.
+
+    AG is a sum over (rows - 1)(columns - 1); SSIM has data range 1 on 0..255; MS-SSIM is MEF-SSIM;
+    Nabf takes (thermal, rgb) for its sources' places and the fused image for a source: its
+    function's arguments in another order than its caller's.
+    """
+    a, b, f = (_grey(image, MATLAB_LUMA).round() for image in (thermal, rgb, fused))
+    error = measure.mean_squared_error(a, b, f) / 255**2
+    rows, columns = f.shape[1:]
+    edges = {"last_level": 254}
+    bordered = [F.pad(x[:, None], (5, 5, 5, 5), mode="replicate")[:, 0] for x in (a, b, f)]
+    window = measure.gaussian_window(11, 1.5)
+    return {
+        **_common(a, b, f),
+        "AG": measure.average_gradient(f) * (rows * columns) / ((rows - 1) * (columns - 1)),
+        "MI": (
+            measure.mutual_information(a, f, **edges) + measure.mutual_information(b, f, **edges)
+        )
+        / math.log(2),
+        "MSE": error,
+        "PSNR": _decibel(torch.full_like(error, 255.0), error),
+        "VIF": measure.visual_information_fidelity(a, f)
+        + measure.visual_information_fidelity(b, f),
+        "Qabf": measure.edge_preservation(a, b, f, equal_is_one=False),
+        "Nabf": measure.fusion_artifacts(b, f, a),
+        "SSIM": _mean_of_both(measure.structural_similarity, *bordered, window, data_range=1.0),
+        "MS-SSIM": exposure_similarity(a, b, f),
+    }
+
+
+def _strict(rgb: Tensor, thermal: Tensor, fused: Tensor) -> dict[str, Tensor]:
+    """Each formula as its paper has it: means over both sources, bits, data range 255."""
+    a, b, f = (_grey(image, OPENCV_LUMA) for image in (thermal, rgb, fused))
+    error = measure.mean_squared_error(a, b, f)
+    window = measure.gaussian_window(11, 1.5)
+    range_255 = {"data_range": 255.0}
+    return {
+        **_common(a, b, f),
+        "AG": measure.average_gradient(f),
+        "MI": (measure.mutual_information(a, f) + measure.mutual_information(b, f)) / math.log(2),
+        "MSE": error,
+        "PSNR": _decibel(torch.full_like(error, 255.0), error),
+        "VIF": _mean_of_both(measure.visual_information_fidelity, a, b, f),
+        "Qabf": measure.edge_preservation(a, b, f, equal_is_one=True),
+        "Nabf": measure.fusion_artifacts(a, b, f),
+        "SSIM": _mean_of_both(measure.structural_similarity, a, b, f, window, **range_255),
+        "MS-SSIM": _mean_of_both(measure.multi_scale_similarity, a, b, f, **range_255),
+    }
+
+
+def _common(a: Tensor, b: Tensor, f: Tensor) -> dict[str, Tensor]:
+    """What all protocols agree on."""
+    return {
+        "EN": measure.entropy(f),
+        "SD": measure.standard_deviation(f),
+        "SF": measure.spatial_frequency(f),
+        "CC": _mean_of_both(measure.correlation, a, b, f),
+        "SCD": measure.sum_of_correlations_of_differences(a, b, f),
+    }
+
+
+def _mean_of_both(
+    score: Callable[..., Tensor], a: Tensor, b: Tensor, f: Tensor, *rest: Tensor, **options: float
+) -> Tensor:
+    return (score(a, f, *rest, **options) + score(b, f, *rest, **options)) / 2
 
 
 def _decibel(peak: Tensor, error: Tensor) -> Tensor:
@@ -68,13 +141,13 @@ def _decibel(peak: Tensor, error: Tensor) -> Tensor:
     return 10 * torch.log10(peak.clamp_min(1).square() / error.clamp_min(1e-10))
 
 
-def _luma(image: Tensor) -> Tensor:
-    """(B, 3 or 1, H, W) uint8 -> (B, H, W) float64, OpenCV's weights."""
+def _grey(image: Tensor, weights: tuple[float, float, float]) -> Tensor:
+    """(B, 3 or 1, H, W) uint8 -> (B, H, W) float64."""
     image = image.double()
     if image.shape[1] == 1:
         return image[:, 0]
-    weights = torch.tensor(LUMA, dtype=image.dtype, device=image.device)
-    return (image * weights[:, None, None]).sum(1)
+    red, green, blue = image.unbind(1)
+    return weights[0] * red + weights[1] * green + weights[2] * blue
 
 
-PROTOCOLS = {"cddfuse": _cddfuse}
+PROTOCOLS = {"cddfuse": _cddfuse, "tang": _tang, "strict": _strict}

@@ -513,7 +513,7 @@ def test_resume_needs_the_last_checkpoint(configure):
 def test_a_broken_last_checkpoint_offers_the_one_before_which_can_be_resumed(
     configure, no_validation
 ):
-    config = configure("train.epochs=3", "train.batch_size=8")
+    config = configure("train.epochs=3", "train.batch_size=8", "train.checkpoint_every=1")
     run(config, "whole")
     folder = RunFolder(config)
     run(config)

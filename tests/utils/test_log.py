@@ -6,6 +6,7 @@ import logging
 import math
 import sys
 
+import numpy as np
 import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -110,7 +111,12 @@ def report_steps(report: RunReport) -> None:
         batch_size=8,
         data_wait=0.25,
     )
-    report.validation({"val/miou": 0.5, "val_iou/bicycle": None}, None, step=4)
+    report.validation(
+        {"val/miou": 0.5, "val_iou/bicycle": None},
+        {"examples": np.full((4, 6, 3), 90, np.uint8)},
+        {"dt_log10/mia": np.array([-2.0, -1.0])},
+        step=4,
+    )
 
 
 def test_a_report_reaches_metrics_log_and_tensorboard(folder, caplog):
@@ -133,6 +139,32 @@ def test_a_report_reaches_metrics_log_and_tensorboard(folder, caplog):
     }  # fmt: skip
     assert values["experts/block0_expert1"] == 0.75
     assert math.isclose(values["train/lr"], 1e-3, rel_tol=1e-6)
+    (picture,) = events.Images("examples")
+    assert (picture.width, picture.height, picture.step) == (6, 4, 4)
+    (histogram,) = events.Histograms("dt_log10/mia")
+    assert (histogram.step, histogram.histogram_value.num) == (4, 2)
+
+
+def test_metrics_survive_a_stop_while_a_resumed_run_rewrites_them(tmp_path, monkeypatch):
+    path = tmp_path / "metrics.jsonl"
+    lines = "".join(json.dumps({"step": step}) + "\n" for step in (1, 2, 3))
+    path.write_text(lines)
+
+    def stop(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("os.replace", stop)
+        with pytest.raises(KeyboardInterrupt):
+            MetricsFile(path, from_step=2)
+    assert path.read_text() == lines
+    metrics = MetricsFile(path, from_step=2)
+    metrics.write({"step": 3, "again": True})
+    metrics.close()
+    assert [json.loads(line) for line in path.read_text().splitlines()] == [
+        {"step": 1}, {"step": 2}, {"step": 3, "again": True},
+    ]  # fmt: skip
+    assert [p.name for p in tmp_path.iterdir()] == ["metrics.jsonl"]
 
 
 class Terminal(io.StringIO):

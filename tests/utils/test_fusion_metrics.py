@@ -1,0 +1,226 @@
+"""Fusion metrics against the original programs, other libraries and their own properties."""
+
+import json
+import math
+
+import cv2
+import numpy as np
+import pytest
+import torch
+from skimage.metrics import structural_similarity
+from torchmetrics.functional.image import multiscale_structural_similarity_index_measure
+
+from utils.fusion_metrics import PROTOCOLS, fusion_metrics
+
+NAMES = {"EN", "SD", "SF", "AG", "MI", "CC", "SCD", "PSNR", "MSE", "VIF", "Qabf", "SSIM"}
+# Programs that compute in float32 agree to 1e-5, the others to rounding.
+TOLERANCE = {"tang": 1e-9, "cddfuse": 1e-5}
+# Metrics that do not change when the sources change places.
+SYMMETRIC = {"MI", "CC", "SCD", "PSNR", "MSE", "VIF", "Qabf", "SSIM", "MS-SSIM"}
+
+
+def image(seed, channels=1, hw=(176, 180)):
+    """(1, C, H, W) uint8: blurred noise, so that it has edges and flat parts."""
+    generator = np.random.default_rng(seed)
+    noise = generator.integers(0, 256, (*hw, channels)).astype(np.float32)
+    smooth = cv2.GaussianBlur(noise, (0, 0), 3).reshape(*hw, channels)
+    spread = (smooth - smooth.min()) / (smooth.max() - smooth.min()) * 255
+    return torch.from_numpy(spread.round().astype(np.uint8)).permute(2, 0, 1)[None]
+
+
+def constant(value, hw=(176, 180)):
+    return torch.full((1, 1, *hw), value, dtype=torch.uint8)
+
+
+def triples(shared_parity):
+    folder = shared_parity / "fusion_metrics"
+
+    def grey(name):
+        picture = cv2.imread(str(folder / "images" / f"{name}.png"), cv2.IMREAD_GRAYSCALE)
+        return torch.from_numpy(picture)[None, None]
+
+    for row in json.loads((folder / "values.json").read_text()):
+        pair = row["pair"]
+        sources = grey(f"{pair}_rgb"), grey(f"{pair}_thermal")
+        yield row, (*sources, grey(f"{pair}_fused_{row['fused']}"))
+
+
+@pytest.mark.parametrize("protocol", ["tang", "cddfuse"])
+def test_values_of_the_original_programs(shared_parity, protocol):
+    seen = 0
+    for row, images in triples(shared_parity):
+        found = fusion_metrics(*images, protocol=protocol)
+        assert found.keys() == row[protocol].keys()
+        for name, expected in row[protocol].items():
+            goal = pytest.approx(expected, rel=TOLERANCE[protocol])
+            assert found[name].item() == goal, (row["pair"], name)
+        seen += 1
+    assert seen > 0
+
+
+def test_strict_has_what_the_programs_miss(shared_parity):
+    for row, images in triples(shared_parity):
+        found = fusion_metrics(*images, protocol="strict")
+        assert found["SSIM"].item() > row["tang"]["SSIM"]  # that one's data range is 1, not 255
+        expected = row["nabf_intended_order"]
+        assert found["Nabf"].item() == pytest.approx(expected, rel=1e-9)
+        assert found["VIF"].item() == pytest.approx(row["cddfuse"]["VIF"] / 2, rel=1e-6)
+        assert found["MI"].item() == pytest.approx(row["cddfuse"]["MI"] / math.log(2), rel=1e-6)
+
+
+@pytest.mark.parametrize("protocol", PROTOCOLS)
+def test_names(protocol):
+    extra = {"cddfuse": set(), "tang": {"Nabf", "MS-SSIM"}, "strict": {"Nabf", "MS-SSIM"}}
+    found = fusion_metrics(image(0, 3), image(1), image(2, 3), protocol=protocol)
+    assert found.keys() == NAMES | extra[protocol]
+    assert all(value.shape == (1,) and value.dtype == torch.float64 for value in found.values())
+    assert all(value.isfinite().all() for value in found.values())
+
+
+@pytest.mark.parametrize("protocol", PROTOCOLS)
+def test_batch_equals_singles(protocol):
+    rgb, thermal, fused = (
+        torch.cat([image(seed + 10 * k, channels) for seed in range(3)])
+        for k, channels in enumerate((3, 1, 3))
+    )
+    together = fusion_metrics(rgb, thermal, fused, protocol=protocol)
+    for index in range(3):
+        one = slice(index, index + 1)
+        single = fusion_metrics(rgb[one], thermal[one], fused[one], protocol=protocol)
+        for name, value in single.items():
+            assert together[name][index].item() == pytest.approx(value.item(), rel=1e-12), name
+
+
+@pytest.mark.parametrize("protocol", PROTOCOLS)
+def test_sources_may_change_places(protocol):
+    a, b, f = image(0), image(1), image(2)
+    one, other = (fusion_metrics(*pair, f, protocol=protocol) for pair in ((a, b), (b, a)))
+    for name in SYMMETRIC & one.keys():
+        assert one[name].item() == pytest.approx(other[name].item(), rel=1e-9), name
+
+
+def test_a_perfect_fusion_of_equal_images():
+    x = image(0)
+    found = fusion_metrics(x, x, x, protocol="strict")
+    for name in ("CC", "VIF", "SSIM", "MS-SSIM"):
+        assert found[name].item() == pytest.approx(1, abs=1e-9), name
+    assert found["MSE"].item() == 0
+    assert found["Nabf"].item() == 0
+    assert 0.97 < found["Qabf"].item() < 1  # its sigmoids end there
+    assert found["PSNR"].item() > 140
+    assert found["MI"].item() == pytest.approx(2 * found["EN"].item())
+
+
+def test_an_equal_edge_counts_as_kept_in_strict_alone():
+    """The slip of the programs: where strengths are equal, the strength itself is the ratio."""
+    x = image(0)
+    strict, tang = (fusion_metrics(x, x, x, protocol=p)["Qabf"].item() for p in ("strict", "tang"))
+    whole = 0.9994 / (1 + math.exp(-15 * 0.5)) * 0.9879 / (1 + math.exp(-22 * 0.2))
+    assert strict == pytest.approx(whole)
+    assert tang > whole  # as if such edges were far stronger than their source
+
+
+def test_more_noise_scores_lower():
+    a, b = image(0), image(1)
+    mean = ((a.int() + b.int()) // 2).to(torch.uint8)
+    generator = torch.Generator().manual_seed(0)
+    noise = torch.randint(-30, 31, mean.shape, generator=generator)
+    noisy = (mean.int() + noise).clamp(0, 255).to(torch.uint8)
+    clean, worse = (fusion_metrics(a, b, f, protocol="strict") for f in (mean, noisy))
+    for name in ("CC", "VIF", "Qabf", "SSIM", "MS-SSIM", "PSNR"):
+        assert clean[name].item() > worse[name].item(), name
+    assert clean["Nabf"].item() < worse["Nabf"].item()
+
+
+@pytest.mark.parametrize("protocol", PROTOCOLS)
+@pytest.mark.parametrize("value", [0, 128, 255])
+def test_constant_images_have_no_value_only_where_a_formula_has_none(protocol, value):
+    flat = constant(value)
+    for images in ((flat, flat, flat), (image(0), image(1), flat), (flat, flat, image(0))):
+        found = fusion_metrics(*images, protocol=protocol)
+        undefined = {name for name, score in found.items() if not score.isfinite().all()}
+        assert undefined <= {"CC", "SCD"}, undefined
+        assert not any(score.isinf().any() for score in found.values())
+    assert found["EN"].item() > 0
+    assert fusion_metrics(flat, flat, flat, protocol=protocol)["EN"].item() == 0
+
+
+@pytest.mark.parametrize("protocol", PROTOCOLS)
+@pytest.mark.parametrize("hw", [(32, 45), (41, 41), (176, 177)], ids=str)
+def test_small_and_odd_images(protocol, hw):
+    found = fusion_metrics(*(image(seed, 1, hw) for seed in range(3)), protocol=protocol)
+    undefined = {name for name, score in found.items() if not score.isfinite().all()}
+    smallest = {"VIF": 41, "MS-SSIM": 41 if protocol == "tang" else 176}
+    assert undefined == {n for n, side in smallest.items() if min(hw) < side and n in found}
+
+
+def test_grey_is_opencv_s():
+    rgb, thermal, fused = image(0, 3), image(1), image(2, 3)
+    grey = [
+        torch.from_numpy(cv2.cvtColor(x[0].permute(1, 2, 0).numpy(), cv2.COLOR_RGB2GRAY))[
+            None, None
+        ]
+        for x in (rgb, fused)
+    ]
+    found = fusion_metrics(rgb, thermal, fused)
+    for name, value in fusion_metrics(grey[0], thermal, grey[1]).items():
+        # OpenCV rounds in fixed point: a pixel in a thousand differs by one level
+        assert found[name].item() == pytest.approx(value.item(), rel=1e-2), name
+
+
+def test_ssim_is_scikit_image_s():
+    a, b, f = image(0), image(1), image(2)
+    expected = np.mean(
+        [
+            structural_similarity(
+                x[0, 0].numpy().astype(np.float64),
+                f[0, 0].numpy().astype(np.float64),
+                data_range=255,
+                gaussian_weights=True,
+                sigma=1.5,
+                use_sample_covariance=False,
+            )
+            for x in (a, b)
+        ]
+    )
+    assert fusion_metrics(a, b, f, protocol="strict")["SSIM"].item() == pytest.approx(expected)
+
+
+def test_ms_ssim_is_torchmetrics_s():
+    a, b, f = image(0), image(1), image(2)
+    mixed = (0.7 * f + 0.3 * a).round().to(torch.uint8)
+    expected = [
+        multiscale_structural_similarity_index_measure(
+            mixed.double(), x.double(), data_range=255.0, kernel_size=11, sigma=1.5
+        ).item()
+        for x in (a, b)
+    ]
+    found = fusion_metrics(a, b, mixed, protocol="strict")["MS-SSIM"].item()
+    # torchmetrics pads each level by half a window and cuts it off again
+    assert found == pytest.approx(sum(expected) / 2, rel=2e-2)
+
+
+def test_entropy_and_deviation_by_hand():
+    half = constant(10)
+    half[..., :90] = 250
+    found = fusion_metrics(half, half, half)
+    assert found["EN"].item() == pytest.approx(1)
+    assert found["SD"].item() == pytest.approx(120)
+    assert found["SF"].item() == pytest.approx(math.sqrt(240**2 / 179))
+    assert found["MI"].item() == pytest.approx(2 * math.log(2))
+
+
+@pytest.mark.parametrize(
+    ("images", "protocol", "message"),
+    [
+        ((image(0), image(1), image(2)), "fast", "unknown protocol 'fast'; known: cddfuse, tang"),
+        ((image(0).float(), image(1), image(2)), "tang", "rgb must be uint8"),
+        ((image(0), image(1)[0], image(2)), "tang", "thermal must be uint8"),
+        ((image(0), image(1, 3)[:, :2], image(2)), "tang", "thermal must be uint8"),
+        ((image(0), image(1), image(2)[..., 1:]), "tang", "fused is .* sizes must agree"),
+    ],
+    ids=["protocol", "dtype", "dimensions", "channels", "size"],
+)
+def test_wrong_arguments_are_named(images, protocol, message):
+    with pytest.raises(ValueError, match=message):
+        fusion_metrics(*images, protocol=protocol)
