@@ -173,6 +173,29 @@ def fusion_summary(results: Mapping[str, Mapping[str, Any]]) -> str:
     )
 
 
+def fusion_comparison(result: Mapping[str, Any]) -> str:
+    """The scores of several methods on one set of images, a line each; see tools/score_fusion.py.
+
+    result: {"protocol", "rgb", "thermal", "git_commit", "methods": {name: {"mean", "images"}}}.
+    """
+    methods = result["methods"]
+    means = {name: method["mean"] for name, method in methods.items()}
+    rows = [[name, *map(_number, mean.values())] for name, mean in means.items()]
+    first = next(iter(methods))
+    facts = {
+        "protocol": result["protocol"],
+        "mean of": f"{len(methods[first]['images'])} images",
+        "rgb": result["rgb"],
+        "thermal": result["thermal"],
+        "commit": result["git_commit"] or "unknown",
+    }
+    return _page(
+        "Fusion by method",
+        _list(facts),
+        markdown_table(["method", *means[first]], rows),
+    )
+
+
 def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """Columns padded to one width, so that it reads well in a terminal, too."""
     cells = [list(header), *([cell.replace("|", "\\|") for cell in row] for row in rows)]
@@ -222,6 +245,10 @@ def _facts(result: Mapping[str, Any], *, of_checkpoint: bool = True) -> str:
         facts["modalities"] += f" (trained with {result['modalities_in_training']})"
     if not of_checkpoint:
         del facts["checkpoint"]
+    return _list(facts)
+
+
+def _list(facts: Mapping[str, str | None]) -> str:
     return "\n".join(f"- {name}: {fact}" for name, fact in facts.items() if fact)
 
 

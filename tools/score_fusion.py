@@ -31,6 +31,7 @@ if __name__ == "__main__":  # started as a file: the project's packages lie one 
 
 from dataloader.dataset import check_size, files_by_stem, read_split, shorten
 from engine.evaluate import Row, mean_row, score_fused
+from engine.inference import SMALLEST_SIDE
 from engine.results import fusion_comparison, write_json, write_text
 from utils.cli import Parser, run_main
 from utils.distributed import setup_devices
@@ -62,7 +63,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--out", type=Path, metavar="FOLDER", help="for scores.md and scores.json")
     parser.add_argument("-d", "--devices", metavar="DEVICE", help='"0" or "cpu"')
     parser.add_argument("--batch-size", type=int, default=4, help="images at once (default: 4)")
-    return parser.parse_args(arguments)
+    return parser.parse_intermixed_args(arguments)  # folders may follow options
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -126,7 +127,7 @@ def find_images(folder: Path) -> dict[str, Path]:
     found = files_by_stem(folder)
     if not found:
         raise InputError(f"{folder} holds no image")
-    for stem, paths in found.items():
+    for paths in found.values():
         if len(paths) > 1:
             names = " and ".join(sorted(path.name for path in paths))
             raise InputError(f"{folder} holds {names}: two files of one stem; remove one")
@@ -168,10 +169,16 @@ def read_triples(
     for stem in stems:
         rgb, thermal = read_rgb(rgb_files[stem]), read_thermal(thermal_files[stem])
         check_size(thermal_files[stem], thermal, rgb_files[stem], rgb)
+        if min(thermal.shape) < SMALLEST_SIDE:
+            height, width = thermal.shape
+            raise InputError(
+                f"{rgb_files[stem]} is {height}x{width}; the metrics need {SMALLEST_SIDE}x"
+                f"{SMALLEST_SIDE} and more"
+            )
         fused = {}
         for method, images in list(files.items())[2:]:
             fused[method] = read_rgb(images[stem])
-            check_size(images[stem], fused[method], rgb_files[stem], rgb)
+            check_size(images[stem], fused[method][..., 0], rgb_files[stem], rgb)
         fused |= {name: BASELINES[name](rgb, thermal) for name in baselines}
         yield Triple(stem, rgb, thermal, fused)
 
@@ -185,8 +192,10 @@ def batches(triples: Iterator[Triple], size: int) -> Iterator[list[Triple]]:
 
 def to_batch(images: Sequence[np.ndarray], device: torch.device) -> torch.Tensor:
     """(H, W) or (H, W, 3) uint8 -> (B, 1 or 3, H, W) uint8."""
-    return torch.stack([torch.from_numpy(np.atleast_3d(x)) for x in images]).permute(0, 3, 1, 2).to(
-        device
+    return (
+        torch.stack([torch.from_numpy(np.atleast_3d(x)) for x in images])
+        .permute(0, 3, 1, 2)
+        .to(device)
     )
 
 

@@ -130,6 +130,7 @@ def test_a_bad_forward_leaves_no_trace_in_running_statistics():
 def test_an_overflow_that_the_scale_caused_is_no_bad_step(monkeypatch):
     config = config_with("train.precision=fp16")
     state = state_of(config)
+    train_step(state, batch_of(4), config)  # makes the moments
     poison(monkeypatch, "gradient")
     before = snapshot(state)
     results = []
@@ -216,7 +217,7 @@ def ranks_step(rank: int, folder: str, bad_rank: int | None, queue) -> None:
     dist.destroy_process_group()
 
 
-@pytest.mark.parametrize("bad_rank", [None, 1])
+@pytest.mark.parametrize("bad_rank", [None, 0, 1])
 def test_two_ranks_accumulate_and_leave_out_the_same_steps(tmp_path, bad_rank):
     context = get_context("fork")
     queue = context.Queue()
@@ -233,6 +234,7 @@ def test_two_ranks_accumulate_and_leave_out_the_same_steps(tmp_path, bad_rank):
     assert [result[1] for result in found] == [bad_rank is None] * 2
     assert [len(result[3]) for result in found] == [int(bad_rank is not None)] * 2
     assert found[0][2:] == found[1][2:], "losses, bad steps or gradients differ"
+    assert all("the loss is not finite at step 1: " in text for text in found[0][3])
 
     config = config_with("train.batch_size=8")
     state = state_of(config, has_statistics=False)

@@ -339,6 +339,26 @@ def test_bad_steps_up_to_the_limit_are_left_out(configure, monkeypatch, no_valid
     assert load_checkpoint(RunFolder(config).last_checkpoint).step == 8
 
 
+def test_a_full_gpu_ends_the_run_with_its_numbers(configure, monkeypatch, no_validation):
+    def fill(now, parts):
+        if now == 2:
+            raise torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+
+    change_loss(monkeypatch, fill)
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: 2**30)
+    monkeypatch.setattr(step, "_total_memory", lambda device: 2**31)
+    with pytest.raises(InputError, match="2 images of 32x32 .* peak 1.0 of 2.0 GiB"):
+        run(configure())
+
+
+def test_accumulation_by_config_takes_as_many_steps(configure, monkeypatch, no_validation):
+    losses = []
+    change_loss(monkeypatch, lambda now, parts: losses.append(now))
+    run(configure("train.max_steps=3", "train.accumulation=2"))
+    assert losses == [1, 2, 3, 4, 5, 6]
+    assert [line["step"] for line in metrics_of(configure())] == [1, 2, 3]
+
+
 def test_weights_that_are_not_finite_are_never_saved(configure, monkeypatch, no_validation):
     """Whatever made them so."""
     real = trainer.train_step
