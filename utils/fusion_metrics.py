@@ -16,8 +16,9 @@ from torch import Tensor
 from utils import fusion_measures as measure
 from utils.exposure_similarity import exposure_similarity
 
-OPENCV_LUMA = (0.299, 0.587, 0.114)
-MATLAB_LUMA = (0.298936021293775, 0.587043074451121, 0.114020904255103)  # rgb2gray
+# Thousandths: as whole numbers they leave a grey image of three channels exactly as it is.
+OPENCV_LUMA = (299, 587, 114)
+MATLAB_LUMA = (298.936021293775, 587.043074451121, 114.020904255103)  # rgb2gray
 
 
 def fusion_metrics(
@@ -147,7 +148,7 @@ def _grey(image: Tensor, weights: tuple[float, float, float]) -> Tensor:
     if image.shape[1] == 1:
         return image[:, 0]
     red, green, blue = image.unbind(1)
-    return weights[0] * red + weights[1] * green + weights[2] * blue
+    return (weights[0] * red + weights[1] * green + weights[2] * blue) / 1000
 
 
 PROTOCOLS = {"cddfuse": _cddfuse, "tang": _tang, "strict": _strict}

@@ -168,6 +168,16 @@ def test_grey_is_opencv_s():
         assert found[name].item() == pytest.approx(value.item(), rel=1e-2), name
 
 
+@pytest.mark.parametrize("protocol", PROTOCOLS)
+def test_grey_in_three_channels_is_grey(protocol):
+    """Also where a formula asks whether gradients are equal, or zero."""
+    images = [image(seed) // 16 * 16 for seed in range(3)]
+    expected = fusion_metrics(*images, protocol=protocol)
+    found = fusion_metrics(*(x.expand(-1, 3, -1, -1) for x in images), protocol=protocol)
+    for name, value in expected.items():
+        assert found[name].item() == pytest.approx(value.item(), rel=1e-12), name
+
+
 def test_ssim_is_scikit_image_s():
     a, b, f = image(0), image(1), image(2)
     expected = np.mean(
