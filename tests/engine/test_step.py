@@ -101,9 +101,12 @@ def poison(monkeypatch, kind: str, number: float = float("nan")) -> None:
 @pytest.mark.parametrize("kind", ["loss", "unused loss", "gradient"])
 @pytest.mark.parametrize("precision", ["float32", "bf16"])
 @pytest.mark.parametrize("number", [float("nan"), float("inf")])
-def test_a_bad_step_changes_nothing(monkeypatch, kind, precision, number):
+@pytest.mark.parametrize("is_fused", [False, True], ids=["plain", "fused"])
+def test_a_bad_step_changes_nothing(monkeypatch, kind, precision, number, is_fused):
     config = config_with(f"train.precision={precision}", "train.max_bad_steps=1")
     state = state_of(config)
+    if is_fused:  # as on a GPU, where the optimiser is told by a number on the device
+        state.optimizer = torch.optim.AdamW(state.model.parameters(), lr=1e-3, fused=True)
     assert not train_step(state, batch_of(4), config).is_bad
     before = snapshot(state)
     with monkeypatch.context() as patch:
