@@ -1,10 +1,12 @@
 """Score the segmentation of one checkpoint or several: class IoU and mIoU of a split.
 
-Results go to experiment/<Name>/<exp>/eval/<checkpoint>/: eval.json, table.md, and a picture of
-every image in segmentation/ (class indices), color/ and overlay/. A split other than test goes to
-<checkpoint>-<split>/. Several checkpoints also give one table, eval/summary.md. Day and night are
-scored apart where <split>_day.txt and <split>_night.txt list them, or where every name ends in D or
-N, as MFNet's do.
+Results go to experiment/<Name>/<exp>/eval/<checkpoint>/: eval.json, table.md, report.html (one page
+with the confusion matrix, the best and the worst images), and a picture of every image in
+segmentation/ (class indices), color/ and overlay/. A split other than test goes to
+<checkpoint>-<split>/. Several checkpoints also give one table, eval/summary.md, and the curves over
+their epochs, eval/summary.html; one that has been scored with the same config is not scored again.
+Day and night are scored apart where <split>_day.txt and <split>_night.txt list them, or where every
+name ends in D or N, as MFNet's do.
 
 Examples:
     python eval.py -n mfnet -e 500
@@ -20,6 +22,7 @@ Exit codes: 0 done; 2 bad input (one line on stderr).
 
 import argparse
 import functools
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -31,34 +34,39 @@ from dataloader.build import build_eval_loader
 from dataloader.dataset import read_split
 from engine.checkpoint import load_model, select_checkpoints
 from engine.evaluate import Batch, evaluate_segmentation
+from engine.extremes import draw_extremes
 from engine.inference import Prediction, use_tf32
+from engine.report import curves_report, segmentation_report
 from engine.results import (
     PictureWriter,
-    describe_run,
+    describe_model,
     describe_scoring,
-    segmentation_summary,
-    segmentation_table,
+    describe_task,
+    finished_result,
     write_json,
     write_segmentation,
     write_text,
 )
-from utils.cli import common_parser, run_main
-from utils.distributed import Devices, is_main_process, setup_devices, shutdown
+from engine.tables import segmentation_summary, segmentation_table
+from utils.cli import add_checkpoint_flags, common_parser, run_main
+from utils.distributed import (
+    Devices,
+    gather_objects,
+    is_main_process,
+    setup_devices,
+    shutdown,
+    start_processes,
+)
 from utils.image import to_uint8
 from utils.log import setup_logging
 from utils.run_folder import RunFolder
 
+log = logging.getLogger(__name__)
+
 
 def parse_arguments() -> argparse.Namespace:
     parser = common_parser(__doc__)
-    parser.add_argument(
-        "-e",
-        "--epochs",
-        default="best",
-        metavar="WHICH",
-        help="N, a-b, a- (all from a), best, last, or a path to a .pth or .safetensors file",
-    )
-    parser.add_argument("--split", default="test", metavar="LIST", help="list to score: test, val")
+    add_checkpoint_flags(parser)
     parser.add_argument("--tables-only", action="store_true", help="write no pictures")
     parser.add_argument("--note", metavar="TEXT", help="a remark that stays with the table")
     return parser.parse_args()
@@ -67,6 +75,7 @@ def parse_arguments() -> argparse.Namespace:
 def main() -> None:
     arguments = parse_arguments()
     config = load_config(arguments.dataset_name, arguments.set)
+    start_processes(arguments.devices, arguments.port)
     folder = RunFolder(config, arguments.exp)
     setup_logging(None, main=is_main_process())
     checkpoints = select_checkpoints(folder.checkpoints, arguments.epochs)
@@ -85,14 +94,13 @@ def main() -> None:
         target = folder.eval_folder(f"{path.stem}{suffix}")
         result = score(path, config, loader, devices, arguments, target)
         if is_main_process():
-            write_json(target / "eval.json", result)
-            write_text(target / "table.md", segmentation_table(result))
             print(segmentation_table(result))
             print(f"Written to {target}")
         results[path.stem] = result
     if len(results) > 1 and is_main_process():
         summary = segmentation_summary(results)
         write_text(folder.eval_folder(f"summary{suffix}.md"), summary)
+        write_text(folder.eval_folder(f"summary{suffix}.html"), segmentation_curves(results))
         print(summary)
     shutdown()
 
@@ -105,7 +113,20 @@ def score(
     arguments: argparse.Namespace,
     target: Path,
 ) -> dict[str, Any]:
-    """The content of eval.json for one checkpoint; its pictures are written on the way."""
+    """The content of eval.json for one checkpoint, which is written with all that goes with it.
+
+    Where the file is there already, of the same task, it is only read.
+    """
+    file, names = target / "eval.json", loader.dataset.names
+    has_pictures = not arguments.tables_only
+    task = describe_task(
+        path, config, arguments.split, note=arguments.note, has_pictures=has_pictures
+    )
+    finished = None if arguments.again else finished_result(file, task, "by_image", names)
+    finished = gather_objects(finished)[0]  # every rank does what the first one does
+    if finished is not None:
+        log.info("%s has been scored already; --again scores it anew", path)
+        return finished
     model, stored = load_model(path, device=devices.device, config=config)
     with PictureWriter() as writer:
         write = functools.partial(write_pictures, writer, target, config.data)
@@ -114,11 +135,37 @@ def score(
             loader,
             config,
             devices.device,
-            groups=day_and_night(config.data, arguments.split, loader.dataset.names),
-            on_prediction=None if arguments.tables_only else write,
+            groups=day_and_night(config.data, arguments.split, names),
+            by_image=True,
+            on_prediction=write if has_pictures else None,
         )
-    run = describe_run(path, model, stored, config, arguments.split)
-    return {**run, "protocol": describe_scoring(run, config), "note": arguments.note, **scores}
+    run = {**task, **describe_model(model, stored)}
+    result = {**run, "protocol": describe_scoring(run, config), **scores}
+    if is_main_process():
+        ious = {name: row["miou"] for name, row in scores["by_image"].items()}
+        extremes = draw_extremes(
+            model, loader.dataset, config, devices.device, scores=ious, metric="mIoU"
+        )
+        page = segmentation_report(result, config.data.palette, *extremes)
+        write_text(target / "report.html", page)
+        write_text(target / "table.md", segmentation_table(result))
+        write_json(file, result)
+    return result
+
+
+def segmentation_curves(results: dict[str, dict[str, Any]]) -> str:
+    """A page of scores over epochs; results by the names of epoch-N.pth."""
+    scores = list(results.values())
+    means = {"mIoU": "miou", "mIoU without background": "miou_without_background"}
+    charts = {
+        "mean": {name: [result[key] for result in scores] for name, key in means.items()},
+        "IoU": {
+            name: [result["class_iou"][name] for result in scores]
+            for name in scores[0]["class_iou"]
+        },
+    }
+    title = f"Segmentation by epoch: {scores[0]['dataset']}, {scores[0]['split']}"
+    return curves_report(title, list(results), charts)
 
 
 def write_pictures(

@@ -1,9 +1,11 @@
 """Export fused images and score them: fusion metrics of one checkpoint or several.
 
 Results go to experiment/<Name>/<exp>/vision/<checkpoint>/: fused/*.png at each input's own size and
-under its name, vision.json, table.md, and sheet.png (rgb | thermal | fused | segmentation). A split
-other than test goes to <checkpoint>-<split>/. Several checkpoints also give one table,
-vision/summary.md. Labels are not needed. Metrics of one protocol cannot be compared with those of
+under its name, vision.json, table.md, report.html (one page with histograms, the best and the worst
+images), and sheet.png (rgb | thermal | fused | segmentation). A split other than test goes to
+<checkpoint>-<split>/. Several checkpoints also give one table, vision/summary.md, and the curves
+over their epochs, vision/summary.html; one that has been scored with the same config is not scored
+again. Labels are not needed. Metrics of one protocol cannot be compared with those of
 another: eval.protocol is cddfuse, tang or strict.
 
 Examples:
@@ -17,6 +19,7 @@ Exit codes: 0 done; 2 bad input (one line on stderr).
 
 import argparse
 import functools
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -27,43 +30,50 @@ from configs import Config, load_config
 from dataloader.build import build_eval_loader
 from engine.checkpoint import load_model, select_checkpoints
 from engine.evaluate import Batch, evaluate_fusion
+from engine.extremes import draw_extremes
 from engine.inference import Prediction, describe_inference, use_tf32
+from engine.report import curves_report, fusion_report
 from engine.results import (
     PictureWriter,
-    describe_run,
-    fusion_summary,
-    fusion_table,
+    describe_model,
+    describe_task,
+    finished_result,
     write_json,
     write_text,
 )
-from utils.cli import common_parser, run_main
-from utils.distributed import Devices, gather_objects, is_main_process, setup_devices, shutdown
+from engine.tables import fusion_summary, fusion_table
+from utils.cli import add_checkpoint_flags, common_parser, run_main
+from utils.distributed import (
+    Devices,
+    gather_objects,
+    is_main_process,
+    setup_devices,
+    shutdown,
+    start_processes,
+)
 from utils.image import colorize, contact_sheet, to_uint8, write_png
 from utils.log import setup_logging
 from utils.run_folder import RunFolder
 
 SHEET_TITLES = ("rgb", "thermal", "fused", "segmentation")
 SHEET_ROWS = 12
+RANKED_BY = "Qabf"  # of the report's best and worst images; every protocol has it
+
+log = logging.getLogger(__name__)
 
 SheetRow = list[np.ndarray]  # pictures in the order of SHEET_TITLES
 
 
 def parse_arguments() -> argparse.Namespace:
     parser = common_parser(__doc__)
-    parser.add_argument(
-        "-e",
-        "--epochs",
-        default="best",
-        metavar="WHICH",
-        help="N, a-b, a- (all from a), best, last, or a path to a .pth or .safetensors file",
-    )
-    parser.add_argument("--split", default="test", metavar="LIST", help="list to fuse: test, val")
+    add_checkpoint_flags(parser)
     return parser.parse_args()
 
 
 def main() -> None:
     arguments = parse_arguments()
     config = load_config(arguments.dataset_name, arguments.set)
+    start_processes(arguments.devices, arguments.port)
     folder = RunFolder(config, arguments.exp)
     setup_logging(None, main=is_main_process())
     checkpoints = select_checkpoints(folder.checkpoints, arguments.epochs)
@@ -76,27 +86,40 @@ def main() -> None:
     results = {}
     for path in checkpoints:
         target = folder.vision_folder(f"{path.stem}{suffix}")
-        result, sheet = export(path, config, loader, devices, arguments.split, target)
+        result = export(path, config, loader, devices, arguments, target)
         if is_main_process():
-            write_json(target / "vision.json", result)
-            write_text(target / "table.md", fusion_table(result))
-            write_png(target / "sheet.png", contact_sheet(sheet, SHEET_TITLES))
             print(fusion_summary({path.stem: result}))
             print(f"Written to {target}")
         results[path.stem] = result
     if len(results) > 1 and is_main_process():
         summary = fusion_summary(results)
         write_text(folder.vision_folder(f"summary{suffix}.md"), summary)
+        write_text(folder.vision_folder(f"summary{suffix}.html"), fusion_curves(results))
         print(summary)
     shutdown()
 
 
 def export(
-    path: Path, config: Config, loader: DataLoader, devices: Devices, split: str, target: Path
-) -> tuple[dict[str, Any], list[SheetRow]]:
-    """The content of vision.json and the rows of the sheet; fused images are written on the way."""
+    path: Path,
+    config: Config,
+    loader: DataLoader,
+    devices: Devices,
+    arguments: argparse.Namespace,
+    target: Path,
+) -> dict[str, Any]:
+    """The content of vision.json for one checkpoint, which is written with all that goes with it.
+
+    Where the file is there already, of the same task, it is only read.
+    """
+    file, names = target / "vision.json", loader.dataset.names
+    task = describe_task(path, config, arguments.split)
+    finished = None if arguments.again else finished_result(file, task, "images", names)
+    finished = gather_objects(finished)[0]  # every rank does what the first one does
+    if finished is not None:
+        log.info("%s has been scored already; --again scores it anew", path)
+        return finished
     model, stored = load_model(path, device=devices.device, config=config)
-    rows = dict.fromkeys(evenly_picked(loader.dataset.names, SHEET_ROWS))
+    rows = dict.fromkeys(evenly_picked(names, SHEET_ROWS))
     with PictureWriter() as writer:
         scores = evaluate_fusion(
             model,
@@ -108,12 +131,34 @@ def export(
     for part in gather_objects({name: row for name, row in rows.items() if row is not None}):
         rows.update(part)
     result = {
-        **describe_run(path, model, stored, config, split),
+        **task,
+        **describe_model(model, stored),
         "protocol": config.eval.protocol,
         "inference": describe_inference(config.eval),
         **scores,
     }
-    return result, list(rows.values())
+    if is_main_process():
+        values = {name: row[RANKED_BY] for name, row in scores["images"].items()}
+        extremes = draw_extremes(
+            model, loader.dataset, config, devices.device, scores=values, metric=RANKED_BY
+        )
+        write_text(target / "report.html", fusion_report(result, RANKED_BY, *extremes))
+        write_png(target / "sheet.png", contact_sheet(list(rows.values()), SHEET_TITLES))
+        write_text(target / "table.md", fusion_table(result))
+        write_json(file, result)
+    return result
+
+
+def fusion_curves(results: dict[str, dict[str, Any]]) -> str:
+    """A page of mean metrics over epochs; results by the names of epoch-N.pth."""
+    scores = list(results.values())
+    charts = {
+        metric: {metric: [result["mean"][metric] for result in scores]}
+        for metric in scores[0]["mean"]
+    }
+    first = scores[0]
+    title = f"Fusion by epoch: {first['dataset']}, {first['split']}, protocol {first['protocol']}"
+    return curves_report(title, list(results), charts)
 
 
 def write_fused(

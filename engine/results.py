@@ -1,10 +1,9 @@
-"""What evaluation leaves on disk: pictures, JSON, tables in Markdown."""
+"""What evaluation leaves on disk: pictures and JSON, and whether that is there already."""
 
-import hashlib
 import json
 import os
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -14,11 +13,11 @@ import numpy as np
 from configs import Config
 from engine.inference import describe_inference
 from models import CMFS
+from utils.download import file_sha256
 from utils.environment import git_commit
 from utils.errors import InputError
 from utils.image import Palette, colorize, overlay, write_png
 
-UNDEFINED = "–"
 _WAITING_PICTURES = 32  # held in memory at most
 
 
@@ -61,27 +60,51 @@ def write_segmentation(
     write_png(folder / "overlay" / f"{name}.png", overlay(rgb, cover))
 
 
-def describe_run(
-    path: Path, model: CMFS, stored: Config, config: Config, split: str
-) -> dict[str, Any]:
-    """What a result was made from.
+def describe_task(path: Path, config: Config, split: str, **more: Any) -> dict[str, Any]:
+    """What a result follows from, known before the checkpoint is opened.
 
-    Args:
-        stored: the config of the checkpoint's run.
-        config: the present one, of the data that is scored.
+    config: the present one, of the data that is scored; more: what else the result follows from.
     """
     return {
         "dataset": config.data.name,
         "split": split,
         "checkpoint": path.as_posix(),
-        "checkpoint_sha256": _sha256(path),
+        "checkpoint_sha256": file_sha256(path),
+        "modalities": config.data.modalities,
+        "git_commit": git_commit(),
+        **more,
+        "config": config.model_dump(mode="json"),
+    }
+
+
+def describe_model(model: CMFS, stored: Config) -> dict[str, Any]:
+    """What a result owes to the checkpoint; stored: the config of its run."""
+    return {
         "trained_on": stored.data.name,
         "train_on_val": stored.data.train_on_val,
         "text_prior": model.text_prior.source,
-        "modalities": config.data.modalities,
         "modalities_in_training": stored.data.modalities,
-        "git_commit": git_commit(),
     }
+
+
+def finished_result(
+    path: Path, task: Mapping[str, Any], names_key: str, names: Collection[str]
+) -> dict[str, Any] | None:
+    """The result that a file holds, where it is that of the same task; else None.
+
+    Args:
+        path: eval.json or vision.json, which is written last of all files of a checkpoint.
+        task: see describe_task; every item must agree.
+        names_key: where the result lists its images, which must be `names`.
+    """
+    try:
+        result = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    if not isinstance(result, dict) or any(result.get(key) != task[key] for key in task):
+        return None
+    listed = result.get(names_key)
+    return result if isinstance(listed, dict) and listed.keys() == set(names) else None
 
 
 def describe_scoring(result: Mapping[str, Any], config: Config) -> str:
@@ -94,117 +117,6 @@ def describe_scoring(result: Mapping[str, Any], config: Config) -> str:
         f"own size, 255 left out, class 0 {background}; classes without a labelled pixel are left "
         f"out of the mean"
     )
-
-
-def segmentation_table(result: Mapping[str, Any]) -> str:
-    """eval.json as a page of Markdown; IoU and accuracy in percent."""
-    columns = {"all": result, **{g: result[g] for g in ("day", "night") if g in result}}
-    rows = [
-        [label, *(_percent(scores[key]) for scores in columns.values())]
-        for label, key in (
-            ("mIoU", "miou"),
-            ("mIoU without background", "miou_without_background"),
-            ("mean accuracy", "mean_accuracy"),
-            ("pixel accuracy", "pixel_accuracy"),
-            ("frequency-weighted IoU", "frequency_weighted_iou"),
-        )
-    ]
-    rows += [
-        [f"IoU {name}", *(_percent(scores["class_iou"][name]) for scores in columns.values())]
-        for name in result["class_iou"]
-    ]
-    rows += [
-        [f"accuracy {name}", *(_percent(x["class_accuracy"][name]) for x in columns.values())]
-        for name in result["class_accuracy"]
-    ]
-    for label, key in (("classes in the mIoU", "classes_in_mean"), ("images", "images")):
-        rows.append([label, *(str(scores[key]) for scores in columns.values())])
-    return _page(
-        f"Segmentation: {result['dataset']}, {result['split']}",
-        _facts(result),
-        markdown_table(["percent", *columns], rows),
-    )
-
-
-def fusion_table(result: Mapping[str, Any]) -> str:
-    """vision.json as a page of Markdown: the means, then every image."""
-    means = [f"{len(result['images'])} images", *map(_number, result["mean"].values())]
-    rows = [[name, *map(_number, row.values())] for name, row in result["images"].items()]
-    return _page(
-        f"Fusion: {result['dataset']}, {result['split']}",
-        _facts(result),
-        markdown_table(["mean of", *result["mean"]], [means]),
-        markdown_table(["image", *result["mean"]], rows),
-    )
-
-
-def segmentation_summary(results: Mapping[str, Mapping[str, Any]]) -> str:
-    """One line per checkpoint."""
-    first = next(iter(results.values()))
-    rows = [
-        [
-            name,
-            _percent(result["miou"]),
-            _percent(result["miou_without_background"]),
-            _percent(result["pixel_accuracy"]),
-            str(result["classes_in_mean"]),
-            *map(_percent, result["class_iou"].values()),
-        ]
-        for name, result in results.items()
-    ]
-    header = ["checkpoint", "mIoU", "without background", "pixel accuracy", "classes in the mIoU"]
-    return _page(
-        f"Segmentation by checkpoint: {first['dataset']}, {first['split']}",
-        _facts(first, of_checkpoint=False),
-        markdown_table([*header, *(f"IoU {name}" for name in first["class_iou"])], rows),
-        "best.pth was chosen on the val split; a choice by a table of the test split is none that "
-        "results may be reported from.",
-    )
-
-
-def fusion_summary(results: Mapping[str, Mapping[str, Any]]) -> str:
-    """One line of means per checkpoint."""
-    first = next(iter(results.values()))
-    rows = [[name, *map(_number, result["mean"].values())] for name, result in results.items()]
-    return _page(
-        f"Fusion by checkpoint: {first['dataset']}, {first['split']}",
-        _facts(first, of_checkpoint=False),
-        markdown_table(["checkpoint", *first["mean"]], rows),
-    )
-
-
-def fusion_comparison(result: Mapping[str, Any]) -> str:
-    """The scores of several methods on one set of images, a line each; see tools/score_fusion.py.
-
-    result: {"protocol", "rgb", "thermal", "git_commit", "methods": {name: {"mean", "images"}}}.
-    """
-    methods = result["methods"]
-    means = {name: method["mean"] for name, method in methods.items()}
-    rows = [[name, *map(_number, mean.values())] for name, mean in means.items()]
-    first = next(iter(methods))
-    facts = {
-        "protocol": result["protocol"],
-        "mean of": f"{len(methods[first]['images'])} images",
-        "rgb": result["rgb"],
-        "thermal": result["thermal"],
-        "commit": result["git_commit"] or "unknown",
-    }
-    return _page(
-        "Fusion by method",
-        _list(facts),
-        markdown_table(["method", *means[first]], rows),
-    )
-
-
-def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Columns padded to one width, so that it reads well in a terminal, too."""
-    cells = [list(header), *([cell.replace("|", "\\|") for cell in row] for row in rows)]
-    widths = [max(3, *map(len, column)) for column in zip(*cells, strict=True)]
-    lines = [
-        "| " + " | ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)) + " |"
-        for row in cells
-    ]
-    return "\n".join([lines[0], "|" + "|".join("-" * (w + 2) for w in widths) + "|", *lines[1:]])
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
@@ -222,47 +134,3 @@ def write_text(path: Path, text: str) -> None:
     except OSError as error:
         aside.unlink(missing_ok=True)
         raise InputError(f"cannot write {path}: {error.strerror}") from error
-
-
-def _page(title: str, *blocks: str) -> str:
-    return "\n\n".join([f"# {title}", *blocks]) + "\n"
-
-
-def _facts(result: Mapping[str, Any], *, of_checkpoint: bool = True) -> str:
-    """The lines that a number must not be quoted without."""
-    lists = "train.txt + val.txt" if result["train_on_val"] else "train.txt"
-    facts = {
-        "checkpoint": f"{result['checkpoint']} (SHA-256 {result['checkpoint_sha256'][:12]})",
-        "trained on": f"{result['trained_on']} {lists}",
-        "text prior": result["text_prior"],
-        "protocol": result["protocol"],
-        "inference": result.get("inference"),
-        "modalities": result["modalities"],
-        "commit": result["git_commit"] or "unknown",
-        "note": result.get("note"),
-    }
-    if result["modalities"] != result["modalities_in_training"]:
-        facts["modalities"] += f" (trained with {result['modalities_in_training']})"
-    if not of_checkpoint:
-        del facts["checkpoint"]
-    return _list(facts)
-
-
-def _list(facts: Mapping[str, str | None]) -> str:
-    return "\n".join(f"- {name}: {fact}" for name, fact in facts.items() if fact)
-
-
-def _percent(share: float | None) -> str:
-    return UNDEFINED if share is None else f"{100 * share:.2f}"
-
-
-def _number(value: float | None) -> str:
-    return UNDEFINED if value is None else f"{value:.4f}"
-
-
-def _sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()

@@ -16,7 +16,7 @@ import torch
 
 from configs import dump_config, load_config
 from engine.checkpoint import save_checkpoint
-from engine.results import UNDEFINED
+from engine.tables import UNDEFINED
 from models import build_model
 from utils.cli import run_main
 from utils.image import read_label, read_rgb
@@ -89,7 +89,7 @@ def test_eval_writes_json_table_and_pictures(run, demo_dataset, demo_config, mon
     call("eval", run, monkeypatch, "-e", "best", "--note", "drawn scenes")
     folder = run.eval_folder("best")
     assert {path.name for path in folder.iterdir()} == {
-        "eval.json", "table.md", "segmentation", "color", "overlay",
+        "eval.json", "table.md", "report.html", "segmentation", "color", "overlay",
     }  # fmt: skip
     result = read_json(folder / "eval.json")
     assert set(SCORES) <= result.keys()
@@ -149,7 +149,7 @@ def test_several_checkpoints_give_a_summary(run, monkeypatch, capsys):
     assert summary in printed
     for name in ("epoch-5", "epoch-10"):
         folder = run.eval_folder(name)
-        assert {path.name for path in folder.iterdir()} == {"eval.json", "table.md"}
+        assert {path.name for path in folder.iterdir()} == {"eval.json", "table.md", "report.html"}
         row = next(line for line in summary.splitlines() if line.startswith(f"| {name} "))
         assert f"{100 * read_json(folder / 'eval.json')['miou']:.2f}" in row
     first, second = (read_json(run.eval_folder(f"epoch-{n}") / "eval.json") for n in (5, 10))
@@ -230,7 +230,7 @@ def test_vision_writes_fused_images_metrics_and_sheet(run, demo_dataset, monkeyp
     call("eval_vision", run, monkeypatch, "-e", "best")
     folder, names = run.vision_folder("best"), listed(demo_dataset)
     assert {path.name for path in folder.iterdir()} == {
-        "fused", "vision.json", "table.md", "sheet.png",
+        "fused", "vision.json", "table.md", "report.html", "sheet.png",
     }  # fmt: skip
     assert stems(folder / "fused") == names
     assert read_rgb(folder / "fused" / f"{names[0]}.png").shape == (64, 96, 3)

@@ -22,6 +22,7 @@ import numpy as np
 if __name__ == "__main__":  # started as a file: the project's packages lie one folder up
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from engine.charts import spread, ticks
 from utils.cli import Parser, run_main
 from utils.errors import InputError
 from utils.image import write_png
@@ -133,7 +134,7 @@ def draw_panel(title: str, curves: list[Curve | None]) -> np.ndarray:
         _write(panel, "no values", (PANEL_W // 2 - 40, PANEL_H // 2), 0.5)
         return panel
     x_ticks, y_ticks = (
-        ticks(*_range(np.concatenate([curve[axis] for curve in finite]))) for axis in (0, 1)
+        ticks(*spread(np.concatenate([curve[axis] for curve in finite]))) for axis in (0, 1)
     )
     frame = (x_ticks[0], x_ticks[-1], y_ticks[0], y_ticks[-1])
     for tick in x_ticks:
@@ -157,23 +158,6 @@ def draw_panel(title: str, curves: list[Curve | None]) -> np.ndarray:
         cv2.polylines(panel, [np.array(points, np.int32).reshape(-1, 1, 2)], False, color, 2,
                       cv2.LINE_AA)  # fmt: skip
     return panel
-
-
-def ticks(low: float, high: float, *, most: int = 8) -> list[float]:
-    """Round numbers, evenly spaced, at most `most`, that enclose low < high."""
-    for power in itertools.count(math.floor(math.log10((high - low) / most))):
-        for factor in (1, 2, 5):
-            spacing = factor * 10.0**power
-            first, last = math.floor(low / spacing + 1e-9), math.ceil(high / spacing - 1e-9)
-            if last - first < most:
-                return [round(i * spacing, 12) for i in range(first, last + 1)]
-    raise AssertionError("unreachable")
-
-
-def _range(values: np.ndarray) -> tuple[float, float]:
-    """Least and largest value, apart from each other."""
-    low, high = float(values.min()), float(values.max())
-    return (low, high) if high > low else (low - 0.5 * abs(low or 1), high + 0.5 * abs(high or 1))
 
 
 def _to_pixel(x: float, y: float, frame: tuple[float, float, float, float]) -> tuple[int, int]:

@@ -32,7 +32,8 @@ if __name__ == "__main__":  # started as a file: the project's packages lie one 
 from dataloader.dataset import check_size, files_by_stem, read_split, shorten
 from engine.evaluate import Row, mean_row, score_fused
 from engine.inference import SMALLEST_SIDE
-from engine.results import fusion_comparison, write_json, write_text
+from engine.results import write_json, write_text
+from engine.tables import fusion_comparison
 from utils.cli import Parser, run_main
 from utils.distributed import setup_devices
 from utils.environment import git_commit

@@ -82,6 +82,23 @@ def common_parser(description: str | None, *, has_dataset: bool = True) -> argpa
     return parser
 
 
+def add_checkpoint_flags(parser: argparse.ArgumentParser) -> None:
+    """What scripts that score checkpoints take besides: -e, --split, --again."""
+    parser.add_argument(
+        "-e",
+        "--epochs",
+        default="best",
+        metavar="WHICH",
+        help="N, a-b, a- (all from a), best, last, or a path to a .pth or .safetensors file",
+    )
+    parser.add_argument("--split", default="test", metavar="LIST", help="list to take: test, val")
+    parser.add_argument(
+        "--again",
+        action="store_true",
+        help="score anew what was scored with the same checkpoint, config and commit",
+    )
+
+
 def run_main(main: Callable[[], int | None]) -> NoReturn:
     """Run a script's main() and exit with the project's codes.
 

@@ -16,6 +16,9 @@ from torch import Tensor
 from utils import fusion_measures as measure
 from utils.exposure_similarity import exposure_similarity
 
+# Every metric of any protocol, in the order of tables.
+METRICS = ("EN", "SD", "SF", "AG", "MI", "MSE", "PSNR", "CC", "SCD", "VIF", "Qabf", "Nabf", "SSIM",
+           "MS-SSIM")  # fmt: skip
 # Thousandths: as whole numbers they leave a grey image of three channels exactly as it is.
 OPENCV_LUMA = (299, 587, 114)
 MATLAB_LUMA = (298.936021293775, 587.043074451121, 114.020904255103)  # rgb2gray
@@ -46,7 +49,8 @@ def fusion_metrics(
             raise ValueError(
                 f"{name} is {tuple(image.shape)}, rgb is {tuple(rgb.shape)}: sizes must agree"
             )
-    return PROTOCOLS[protocol](rgb, thermal, fused)
+    scores = PROTOCOLS[protocol](rgb, thermal, fused)
+    return {name: scores[name] for name in METRICS if name in scores}
 
 
 def _cddfuse(rgb: Tensor, thermal: Tensor, fused: Tensor) -> dict[str, Tensor]:

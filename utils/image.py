@@ -139,6 +139,18 @@ def overlay(rgb: np.ndarray, color: np.ndarray, alpha: float = 0.5) -> np.ndarra
     return cv2.addWeighted(rgb, 1 - alpha, color, alpha, 0)
 
 
+def error_map(rgb: np.ndarray, prediction: np.ndarray, label: np.ndarray) -> np.ndarray:
+    """Where a segmentation is wrong: red; right: the image in grey, dimmed; no label: black.
+
+    rgb: (H, W, 3) uint8; prediction, label: (H, W) uint8. Gives (H, W, 3) uint8.
+    """
+    grey = cv2.cvtColor(rgb, cv2.COLOR_RGB2GRAY) // 2 + 32
+    drawn = np.repeat(grey[..., None], 3, axis=2)
+    drawn[prediction != label] = (230, 30, 30)
+    drawn[label == UNKNOWN_LABEL] = 0
+    return drawn
+
+
 def contact_sheet(
     rows: Sequence[Sequence[np.ndarray]], titles: Sequence[str], *, cell_width: int = 320
 ) -> np.ndarray:

@@ -10,7 +10,7 @@ import torch
 from skimage.metrics import structural_similarity
 from torchmetrics.functional.image import multiscale_structural_similarity_index_measure
 
-from utils.fusion_metrics import PROTOCOLS, fusion_metrics
+from utils.fusion_metrics import METRICS, PROTOCOLS, fusion_metrics
 
 NAMES = {"EN", "SD", "SF", "AG", "MI", "CC", "SCD", "PSNR", "MSE", "VIF", "Qabf", "SSIM"}
 # Programs that compute in float32 agree to 1e-5, the others to rounding.
@@ -73,6 +73,7 @@ def test_names(protocol):
     extra = {"cddfuse": set(), "tang": {"Nabf", "MS-SSIM"}, "strict": {"Nabf", "MS-SSIM"}}
     found = fusion_metrics(image(0, 3), image(1), image(2, 3), protocol=protocol)
     assert found.keys() == NAMES | extra[protocol]
+    assert list(found) == [name for name in METRICS if name in found]
     assert all(value.shape == (1,) and value.dtype == torch.float64 for value in found.values())
     assert all(value.isfinite().all() for value in found.values())
 
