@@ -65,6 +65,12 @@ def _store(ptr, x, start, token, length, valid, STEPS: tl.constexpr):
 
 
 @triton.jit
+def _repeat(condition, SIZE: tl.constexpr):
+    """(SIZE,) masks of one condition; Triton's interpreter takes no mask made with a scalar."""
+    return tl.where(condition, 1, 0) + tl.zeros([SIZE], tl.int32) > 0
+
+
+@triton.jit
 def _take(x, step: tl.constexpr):
     """x[:, :, step]; as a sum of integers with zeros it compiles to the name of a register."""
     steps = tl.arange(0, x.shape[2])[None, None, :]
@@ -378,7 +384,7 @@ def _output_kernel(
         for n in range(N):
             rate = tl.load(A + row * N + n, mask=valid, other=0.0).to(tl.float32) * LOG2_E
             at = (border * channels + row).to(tl.int64) * N + n
-            carry = tl.load(states + at, mask=valid & (tile > 0), other=0.0)
+            carry = tl.load(states + at, mask=valid & _repeat(tile > 0, ROWS), other=0.0)
             matrix_at = n * length
             b = _load(B + matrix_at, token * 0, token, length, token < length, STEPS)
             c = _load(C + matrix_at, token * 0, token, length, token < length, STEPS)
@@ -474,13 +480,15 @@ def _gradient_kernel(
         span = tl.sum(dt, 2)
         grad_inputs = tl.zeros([ROWS, LANES, STEPS], tl.float32)
         grad_dt = tl.zeros([ROWS, LANES, STEPS], tl.float32)
-        is_later = (token < length) & (block > first_block)
+        is_later = (token < length) & _repeat(block > first_block, LANES)
         for n in range(N):
             a = tl.load(A + row * N + n, mask=valid, other=0.0).to(tl.float32)
             late_at = (border_at + row) * N + n
-            late = tl.load(gradients + late_at, mask=valid & (chunk < chunks - 1), other=0.0)
+            has_late = valid & _repeat(chunk < chunks - 1, ROWS)
+            late = tl.load(gradients + late_at, mask=has_late, other=0.0)
             carry_at = late_at - channels * N
-            carry = tl.load(states + carry_at, mask=valid & (chunk > 0), other=0.0)
+            has_carry = valid & _repeat(chunk > 0, ROWS)
+            carry = tl.load(states + carry_at, mask=has_carry, other=0.0)
             matrix_at = n * length
             b = _load(B + matrix_at, token * 0, token, length, token < length, STEPS)
             c = _load(C + matrix_at, token * 0, token, length, token < length, STEPS)
