@@ -165,7 +165,7 @@ def segmentation_curves(results: dict[str, dict[str, Any]]) -> str:
         },
     }
     title = f"Segmentation by epoch: {scores[0]['dataset']}, {scores[0]['split']}"
-    return curves_report(title, list(results), charts)
+    return curves_report(title, results, charts)
 
 
 def write_pictures(

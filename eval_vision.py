@@ -51,7 +51,7 @@ from utils.distributed import (
     shutdown,
     start_processes,
 )
-from utils.image import colorize, contact_sheet, to_uint8, write_png
+from utils.image import colorize, contact_sheet, to_uint8, to_uint16, write_png
 from utils.log import setup_logging
 from utils.run_folder import RunFolder
 
@@ -67,6 +67,13 @@ SheetRow = list[np.ndarray]  # pictures in the order of SHEET_TITLES
 def parse_arguments() -> argparse.Namespace:
     parser = common_parser(__doc__)
     add_checkpoint_flags(parser)
+    parser.add_argument(
+        "--bits",
+        type=int,
+        choices=(8, 16),
+        default=8,
+        help="of each channel in fused/*.png; metrics are always of the 8-bit image",
+    )
     return parser.parse_args()
 
 
@@ -112,7 +119,7 @@ def export(
     Where the file is there already, of the same task, it is only read.
     """
     file, names = target / "vision.json", loader.dataset.names
-    task = describe_task(path, config, arguments.split)
+    task = describe_task(path, config, arguments.split, bits=arguments.bits)
     finished = None if arguments.again else finished_result(file, task, "images", names)
     finished = gather_objects(finished)[0]  # every rank does what the first one does
     if finished is not None:
@@ -126,7 +133,9 @@ def export(
             loader,
             config,
             devices.device,
-            on_prediction=functools.partial(write_fused, writer, target, config, rows),
+            on_prediction=functools.partial(
+                write_fused, writer, target, config, arguments.bits, rows
+            ),
         )
     for part in gather_objects({name: row for name, row in rows.items() if row is not None}):
         rows.update(part)
@@ -158,13 +167,14 @@ def fusion_curves(results: dict[str, dict[str, Any]]) -> str:
     }
     first = scores[0]
     title = f"Fusion by epoch: {first['dataset']}, {first['split']}, protocol {first['protocol']}"
-    return curves_report(title, list(results), charts)
+    return curves_report(title, results, charts)
 
 
 def write_fused(
     writer: PictureWriter,
     target: Path,
     config: Config,
+    bits: int,
     rows: dict[str, SheetRow | None],
     batch: Batch,
     prediction: Prediction,
@@ -172,7 +182,8 @@ def write_fused(
     """Hand a batch's fused images to the writer; keep the rows that the sheet shows."""
     for index, name in enumerate(batch.name):
         fused = to_uint8(prediction.fused[index])
-        writer.submit(write_png, target / "fused" / f"{name}.png", fused)
+        export = fused if bits == 8 else to_uint16(prediction.fused[index])
+        writer.submit(write_png, target / "fused" / f"{name}.png", export)
         if name in rows:
             segmentation = prediction.segmentation[index].byte().cpu().numpy()
             rows[name] = [

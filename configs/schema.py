@@ -147,6 +147,7 @@ class EvalConfig(_Section):
     stride: Annotated[float, Field(gt=0, le=1)]  # of the window, as a fraction of eval.crop
     scales: Annotated[tuple[Annotated[float, Field(gt=0, le=8)], ...], Field(min_length=1)]
     flip: bool  # average with the mirrored input
+    luma_only: bool = False  # fused takes Cb and Cr from rgb; older checkpoints do not have it
     protocol: Literal["tang", "cddfuse", "strict"]  # of the fusion metrics
 
 

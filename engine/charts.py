@@ -138,9 +138,11 @@ def ticks(low: float, high: float, *, most: int = 8) -> list[float]:
 
 
 def spread(values: Sequence[float]) -> tuple[float, float]:
-    """Least and largest value, apart from each other."""
+    """Least and largest value, apart from each other: values that only noise divides are one."""
     low, high = float(min(values)), float(max(values))
-    return (low, high) if high > low else (low - 0.5 * abs(low or 1), high + 0.5 * abs(high or 1))
+    if high - low > 1e-6 * max(abs(low), abs(high)):
+        return low, high
+    return low - 0.5 * abs(low or 1), high + 0.5 * abs(high or 1)
 
 
 def _pieces(x: Sequence[float], values: Sequence[float | None]) -> list[list[tuple[float, float]]]:

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from configs.schema import EvalConfig
 from utils.errors import InputError
+from utils.image import rgb_to_ycbcr, ycbcr_to_rgb
 
 SMALLEST_SIDE = 32  # pixels; the encoder's last stride
 
@@ -62,6 +63,7 @@ def predict(
     stride: float = 2 / 3,
     scales: Sequence[float] = (1.0,),
     flip: bool = False,
+    luma_only: bool = False,
 ) -> Prediction:
     """Run the network on a batch, in float32 whatever autocast says.
 
@@ -75,6 +77,8 @@ def predict(
         scales: the input is resized (bilinear) by each of them; probabilities are averaged at the
             input's own size. fused comes from scale 1, or is averaged where 1 is not among them.
         flip: average with the mirrored input.
+        luma_only: fused keeps the colours of rgb (Cb and Cr) and takes only its luma from the
+            network; what then lies outside [0, 1] is clipped.
     Raises:
         InputError: the image, scaled, is smaller than 32x32.
         ValueError: the model is in training mode.
@@ -84,7 +88,10 @@ def predict(
     with torch.autocast(rgb.device.type, enabled=False):
         views = {s: _predict_at(model, rgb, thermal, s, crop, stride, flip) for s in scales}
     fused = [views[1.0].fused] if 1.0 in views else [view.fused for view in views.values()]
-    return Prediction(_mean([view.probabilities for view in views.values()]), _mean(fused))
+    image = _mean(fused)
+    if luma_only:
+        image = _with_colors_of(rgb.float(), image)
+    return Prediction(_mean([view.probabilities for view in views.values()]), image)
 
 
 def use_tf32(is_used: bool) -> None:
@@ -95,7 +102,7 @@ def use_tf32(is_used: bool) -> None:
 
 def inference_options(config: EvalConfig) -> dict[str, Any]:
     """The keyword arguments of predict() that a config asks for."""
-    return config.model_dump(include={"crop", "stride", "scales", "flip"})
+    return config.model_dump(include={"crop", "stride", "scales", "flip", "luma_only"})
 
 
 def describe_inference(config: EvalConfig) -> str:
@@ -108,6 +115,8 @@ def describe_inference(config: EvalConfig) -> str:
         f"scale{'s' * (len(config.scales) > 1)} {' '.join(f'{s:g}' for s in config.scales)}"
     )
     parts.append("with mirrored input" if config.flip else "not mirrored")
+    if config.luma_only:
+        parts.append("fused in luma, colour of the visible image")
     return ", ".join(parts)
 
 
@@ -182,6 +191,12 @@ def _ramp(length: int, like: Tensor) -> Tensor:
     """(length,): rising from the edges to 1 in the middle, above 0 everywhere."""
     distance = torch.arange(1, length + 1, dtype=like.dtype, device=like.device)
     return torch.minimum(distance, distance.flip(0)) / math.ceil(length / 2)
+
+
+def _with_colors_of(rgb: Tensor, fused: Tensor) -> Tensor:
+    """(B, 3, H, W): Y of fused, Cb and Cr of rgb."""
+    ycbcr = torch.cat((rgb_to_ycbcr(fused)[:, :1], rgb_to_ycbcr(rgb)[:, 1:]), 1)
+    return ycbcr_to_rgb(ycbcr).clamp(0, 1)
 
 
 def _resize(image: Tensor, size: Sequence[int]) -> Tensor:

@@ -11,7 +11,7 @@ import yaml
 
 from engine.charts import curves, heat_map, histogram
 from engine.extremes import PictureRow
-from engine.tables import UNDEFINED, facts_of, fusion_rows, segmentation_rows
+from engine.tables import UNDEFINED, facts_of, fusion_rows, segmentation_rows, shared_facts
 
 _WIDTH = 320  # pixels of each picture, at most
 _PHOTOS = ("rgb", "thermal", "fused", "error")  # JPEG; maps of classes are PNG, in exact colours
@@ -50,7 +50,7 @@ def segmentation_report(
     ]
     return _page(
         f"Segmentation: {result['dataset']}, {result['split']}",
-        _facts(result),
+        _facts(facts_of(result) | {"SHA-256": result["checkpoint_sha256"]}),
         _section("Scores", _table(header, rows), _legend(names, palette)),
         _section(
             "Confusion",
@@ -79,7 +79,7 @@ def fusion_report(
     table = _table(["image", *header[1:]], images)
     return _page(
         f"Fusion: {result['dataset']}, {result['split']}",
-        _facts(result),
+        _facts(facts_of(result) | {"SHA-256": result["checkpoint_sha256"]}),
         _section(
             "Means", f"<p>Protocol {html.escape(result['protocol'])}.</p>", _table(header, [means])
         ),
@@ -91,32 +91,37 @@ def fusion_report(
     )
 
 
-def curves_report(title: str, checkpoints: Sequence[str], charts: Mapping[str, Mapping]) -> str:
+def curves_report(
+    title: str, results: Mapping[str, Mapping[str, Any]], charts: Mapping[str, Mapping]
+) -> str:
     """Scores over epochs.
 
     Args:
-        checkpoints: epoch-N, rising.
+        results: eval.json or vision.json by checkpoint, epoch-N, rising.
         charts: title of a chart -> name of a line -> a value for each checkpoint, or None.
     """
-    epochs = [int(name.removeprefix("epoch-")) for name in checkpoints]
+    epochs = [int(name.removeprefix("epoch-")) for name in results]
     drawn = [curves(f"{name} by epoch", epochs, series) for name, series in charts.items()]
     rows = [
         [f"{epoch}", *(_number(v[i]) for lines in charts.values() for v in lines.values())]
         for i, epoch in enumerate(epochs)
     ]
     header = ["epoch", *(name for series in charts.values() for name in series)]
-    return _page(title, _section("Curves", *drawn), _section("Values", _table(header, rows)))
+    facts = shared_facts(next(iter(results.values())))
+    return _page(
+        title,
+        _facts(facts),
+        _section("Curves", *drawn),
+        _section("Values", _table(header, rows)),
+    )
 
 
 _ERROR_KEY = "<p>Error: wrong pixels are red, pixels without a label black.</p>"
 
 
-def _facts(result: Mapping[str, Any]) -> str:
-    facts = facts_of(result) | {"SHA-256": result["checkpoint_sha256"]}
+def _facts(facts: Mapping[str, str]) -> str:
     lines = (
-        f"<dt>{html.escape(name)}</dt><dd>{html.escape(str(fact))}</dd>"
-        for name, fact in facts.items()
-        if fact
+        f"<dt>{html.escape(name)}</dt><dd>{html.escape(fact)}</dd>" for name, fact in facts.items()
     )
     return f"<dl>{''.join(lines)}</dl>"
 

@@ -46,18 +46,25 @@ class PictureWriter:
             self._waiting.popleft().result()
 
 
+def draw_segmentation(
+    rgb: np.ndarray, segmentation: np.ndarray, palette: Palette
+) -> tuple[np.ndarray, np.ndarray]:
+    """Class indices in colour, and over the image, where class 0 covers nothing.
+
+    rgb: (H, W, 3) uint8; segmentation: (H, W) uint8. Gives (H, W, 3) uint8 twice.
+    """
+    color = colorize(segmentation, palette)
+    return color, overlay(rgb, np.where(segmentation[..., None] == 0, rgb, color))
+
+
 def write_segmentation(
     folder: Path, name: str, rgb: np.ndarray, segmentation: np.ndarray, palette: Palette
 ) -> None:
-    """Write segmentation/ (class indices), color/ and overlay/ <name>.png; class 0 covers nothing.
-
-    rgb: (H, W, 3) uint8; segmentation: (H, W) uint8.
-    """
-    color = colorize(segmentation, palette)
-    cover = np.where(segmentation[..., None] == 0, rgb, color)
+    """Write segmentation/ (class indices), color/ and overlay/ <name>.png; see above."""
+    color, cover = draw_segmentation(rgb, segmentation, palette)
     write_png(folder / "segmentation" / f"{name}.png", segmentation)
     write_png(folder / "color" / f"{name}.png", color)
-    write_png(folder / "overlay" / f"{name}.png", overlay(rgb, cover))
+    write_png(folder / "overlay" / f"{name}.png", cover)
 
 
 def describe_task(path: Path, config: Config, split: str, **more: Any) -> dict[str, Any]:

@@ -76,7 +76,7 @@ def segmentation_summary(results: Mapping[str, Mapping[str, Any]]) -> str:
     header = ["checkpoint", "mIoU", "without background", "pixel accuracy", "classes in the mIoU"]
     return _page(
         f"Segmentation by checkpoint: {first['dataset']}, {first['split']}",
-        _list(_without_checkpoint(first)),
+        _list(shared_facts(first)),
         markdown_table([*header, *(f"IoU {name}" for name in first["class_iou"])], rows),
         "best.pth was chosen on the val split; a choice by a table of the test split is none that "
         "results may be reported from.",
@@ -89,7 +89,7 @@ def fusion_summary(results: Mapping[str, Mapping[str, Any]]) -> str:
     rows = [[name, *map(_number, result["mean"].values())] for name, result in results.items()]
     return _page(
         f"Fusion by checkpoint: {first['dataset']}, {first['split']}",
-        _list(_without_checkpoint(first)),
+        _list(shared_facts(first)),
         markdown_table(["checkpoint", *first["mean"]], rows),
     )
 
@@ -135,6 +135,11 @@ def facts_of(result: Mapping[str, Any]) -> dict[str, str]:
     return {name: fact for name, fact in facts.items() if fact}
 
 
+def shared_facts(result: Mapping[str, Any]) -> dict[str, str]:
+    """What the results of several checkpoints of one run have in common; see facts_of."""
+    return {name: fact for name, fact in facts_of(result).items() if name != "checkpoint"}
+
+
 def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """Columns padded to one width, so that it reads well in a terminal, too."""
     cells = [list(header), *([cell.replace("|", "\\|") for cell in row] for row in rows)]
@@ -152,10 +157,6 @@ def _page(title: str, *blocks: str) -> str:
 
 def _list(facts: Mapping[str, str]) -> str:
     return "\n".join(f"- {name}: {fact}" for name, fact in facts.items())
-
-
-def _without_checkpoint(result: Mapping[str, Any]) -> dict[str, str]:
-    return {name: fact for name, fact in facts_of(result).items() if name != "checkpoint"}
 
 
 def _percent(share: float | None) -> str:

@@ -1,5 +1,6 @@
 """Shared fixtures: the data and parity folders beside the checkout, a small config and data set."""
 
+import logging
 from pathlib import Path
 
 import pytest
@@ -37,6 +38,19 @@ def demo_dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("datasets") / "Demo"
     write_dataset(folder, counts={"train": 8, "val": 2, "test": 2}, height=64, width=96, seed=1)
     return folder
+
+
+@pytest.fixture(autouse=True)
+def restored_logging():
+    """Scripts set up the root logger; later tests get it back."""
+    root = logging.getLogger()
+    handlers, level = list(root.handlers), root.level
+    root.handlers.clear()
+    yield
+    for handler in root.handlers:
+        handler.close()
+    root.handlers[:] = handlers
+    root.setLevel(level)
 
 
 @pytest.fixture

@@ -2,6 +2,7 @@
 
 import importlib
 import json
+import logging
 import os
 import shutil
 import socket
@@ -25,8 +26,18 @@ from utils.run_folder import RunFolder
 ROOT = Path(__file__).resolve().parents[1]
 SCORES = (
     "miou", "miou_without_background", "pixel_accuracy", "mean_accuracy", "classes_in_mean",
-    "frequency_weighted_iou", "class_iou", "class_accuracy", "images",
+    "frequency_weighted_iou", "class_iou", "class_accuracy", "images", "confusion",
 )  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def _logging_stays_as_it_was():
+    """The scripts give the root logger a handler; later tests shall not see it."""
+    root = logging.getLogger()
+    handlers, level = list(root.handlers), root.level
+    yield
+    root.handlers[:] = handlers
+    root.setLevel(level)
 
 
 @pytest.fixture(scope="module")
@@ -250,6 +261,19 @@ def test_vision_writes_fused_images_metrics_and_sheet(run, demo_dataset, monkeyp
     assert sheet.shape[0] > 2 * 200
 
 
+def test_16_bits_are_of_the_same_image_and_the_same_metrics(run, demo_dataset, monkeypatch):
+    folder, name = run.vision_folder("best"), listed(demo_dataset)[0]
+    images, metrics = [], []
+    for bits in ("8", "16"):
+        call("eval_vision", run, monkeypatch, "--bits", bits)
+        file = folder / "fused" / f"{name}.png"
+        images.append(cv2.imread(str(file), cv2.IMREAD_UNCHANGED))
+        metrics.append(read_json(folder / "vision.json")["mean"])
+    assert [image.dtype for image in images] == [np.uint8, np.uint16]
+    assert (np.rint(images[1] / 257) == images[0]).all()
+    assert metrics[0] == metrics[1]
+
+
 def test_vision_metrics_are_of_the_png(run, demo_dataset, monkeypatch):
     """Entropy from the written file is that of vision.json."""
     call("eval_vision", run, monkeypatch)
@@ -347,19 +371,145 @@ class TestRefused:
         assert [path.stem for path in written] == (data / "test.txt").read_text().split()[:-1]
 
 
+def test_the_report_shows_the_best_and_the_worst_image(run, demo_dataset, monkeypatch):
+    """Each once, the worst first, with its own score; all pictures are inside the file."""
+    call("eval", run, monkeypatch, "-e", "best")
+    folder = run.eval_folder("best")
+    by_image = read_json(folder / "eval.json")["by_image"]
+    assert sorted(by_image) == listed(demo_dataset)
+    worst, best = sorted(by_image, key=lambda name: by_image[name]["miou"])
+    page = (folder / "report.html").read_text(encoding="utf-8")
+    assert page.index(f"<b>{worst}</b>") < page.index(f"<b>{best}</b>")
+    for name in (worst, best):
+        assert f"<b>{name}</b> mIoU {by_image[name]['miou']:.4f}" in page
+        for title in ("rgb", "thermal", "fused", "prediction", "truth", "error"):
+            assert page.count(f'alt="{title} of {name}"') == 1
+    assert page.count("<img ") == page.count('src="data:image/') == 12
+
+
+def test_the_score_of_an_image_is_its_own(run, demo_dataset, monkeypatch):
+    """From a split of that image alone comes the same number."""
+    call("eval", run, monkeypatch, "-e", "10", "--tables-only")
+    by_image = read_json(run.eval_folder("epoch-10") / "eval.json")["by_image"]
+    for name in listed(demo_dataset):
+        (demo_dataset / "one.txt").write_text(name)
+        call("eval", run, monkeypatch, "-e", "10", "--tables-only", "--split", "one")
+        alone = read_json(run.eval_folder("epoch-10-one") / "eval.json")
+        for key, value in by_image[name].items():
+            assert alone[key] == pytest.approx(value), (name, key)
+    (demo_dataset / "one.txt").unlink()
+
+
+@pytest.mark.parametrize("script", ["eval", "eval_vision"])
+def test_several_epochs_give_their_curves(script, run, monkeypatch):
+    call(script, run, monkeypatch, "-e", "5-")
+    kind = {"eval": "eval", "eval_vision": "vision"}[script]
+    page = (run.path / kind / "summary.html").read_text(encoding="utf-8")
+    assert "<polyline" in page
+    for epoch in (5, 10):
+        result = read_json(run.path / kind / f"epoch-{epoch}" / f"{kind}.json")
+        value = result["miou"] if script == "eval" else result["mean"]["EN"]
+        assert f"<td>{epoch}</td>" in page
+        assert f"<td>{value:.4f}</td>" in page
+
+
+@pytest.mark.parametrize("script", ["eval", "eval_vision"])
+class TestScoredOnce:
+    """A second call reads what the first one wrote, unless anything differs."""
+
+    @pytest.fixture
+    def scored(self, script, run, monkeypatch):
+        """Call the script; gives the names of the checkpoints that were really scored."""
+        module, opened = importlib.import_module(script), []
+        real = module.load_model
+        monkeypatch.setattr(
+            module,
+            "load_model",
+            lambda path, **more: opened.append(path.stem) or real(path, **more),
+        )
+
+        def call_and_tell(*arguments: str) -> list[str]:
+            opened.clear()
+            call(script, run, monkeypatch, *arguments)
+            return list(opened)
+
+        return call_and_tell
+
+    def test_epochs_that_are_there_are_only_read(self, script, run, scored, capsys):
+        assert scored("-e", "10") == ["epoch-10"]
+        first = capsys.readouterr().out.partition("# ")[2]
+        assert scored("-e", "10") == []
+        assert capsys.readouterr().out.partition("# ")[2] == first
+        assert scored("-e", "5-") == ["epoch-5"]
+        assert "epoch-10" in capsys.readouterr().out.split("by checkpoint")[-1]
+        assert scored("-e", "5-", "--again") == ["epoch-5", "epoch-10"]
+
+    def test_anything_new_is_scored(self, script, run, scored, monkeypatch):
+        kind = {"eval": "eval", "eval_vision": "vision"}[script]
+        scored("-e", "10")
+        assert scored("-e", "10", "--set", "eval.flip=true") == ["epoch-10"]
+        assert scored("-e", "10") == ["epoch-10"], "the config is the first one again"
+        shutil.copy(run.epoch_checkpoint(5), run.epoch_checkpoint(10))
+        assert scored("-e", "10") == ["epoch-10"], "another file has that name"
+        monkeypatch.setattr("engine.results.git_commit", lambda: "another")
+        assert scored("-e", "10") == ["epoch-10"]
+        file = run.path / kind / "epoch-10" / f"{kind}.json"
+        file.write_text(file.read_text()[:-40])
+        assert scored("-e", "10") == ["epoch-10"], "the file is cut short"
+        assert scored("-e", "10") == []
+
+    def test_a_changed_list_is_scored(self, script, run, scored, demo_dataset):
+        split, names = demo_dataset / "some.txt", listed(demo_dataset, "train")
+        split.write_text("\n".join(names[:2]))
+        assert scored("--split", "some") == ["best"]
+        split.write_text("\n".join(names[1:3]))
+        assert scored("--split", "some") == ["best"]
+        assert scored("--split", "some") == []
+        split.unlink()
+
+
+def test_pictures_that_are_missing_are_a_reason_to_score(run, monkeypatch, demo_dataset):
+    call("eval", run, monkeypatch, "--tables-only")
+    assert not (run.eval_folder("best") / "color").exists()
+    call("eval", run, monkeypatch)
+    assert stems(run.eval_folder("best") / "color") == listed(demo_dataset)
+
+
+RANK = """
+import os, sys
+import eval, eval_vision
+arguments = sys.argv[2:]
+for script, port in ((eval, sys.argv[1].split(",")[0]), (eval_vision, sys.argv[1].split(",")[1])):
+    os.environ["MASTER_PORT"] = port
+    sys.argv = [script.__name__, *arguments]
+    script.main()
+"""
+
+
 def test_two_ranks_give_the_same_as_one(run, demo_dataset, tmp_path, monkeypatch):
-    call("eval", run, monkeypatch, "-e", "10")
-    folder = run.eval_folder("epoch-10")
-    expected = read_json(folder / "eval.json")
-    shutil.rmtree(folder)
+    """Of three images one rank has two, the other one; both scripts, the first epoch scored yet."""
+    names = listed(demo_dataset, "train")[:3]
+    (demo_dataset / "three.txt").write_text("\n".join(names))
+    for script in ("eval", "eval_vision"):
+        call(script, run, monkeypatch, "-e", "5-", "--split", "three")
+    folders = run.eval_folder("epoch-10-three"), run.vision_folder("epoch-10-three")
+    files = [
+        folder / name for folder, name in zip(folders, ("eval.json", "vision.json"), strict=True)
+    ]
+    expected, expected_vision = map(read_json, files)
+    for folder in folders:
+        shutil.rmtree(folder)
+    with socket.socket() as free, socket.socket() as other:
+        ports = []
+        for probe in (free, other):
+            probe.bind(("localhost", 0))
+            ports.append(str(probe.getsockname()[1]))
     command = [
-        sys.executable, "eval.py", "-n", str(tmp_path / "demo.yaml"), "-d", "cpu", "-e", "10",
+        sys.executable, "-c", RANK, ",".join(ports), "-n", str(tmp_path / "demo.yaml"),
+        "-d", "cpu", "-e", "5-", "--split", "three",
     ]  # fmt: skip
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        port = free.getsockname()[1]
     shared = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "OMP_NUM_THREADS": "1",
-              "MASTER_ADDR": "localhost", "MASTER_PORT": str(port)}  # fmt: skip
+              "MASTER_ADDR": "localhost"}  # fmt: skip
     ranks = [
         subprocess.Popen(
             command, cwd=ROOT, env={**os.environ, **shared, "RANK": rank, "LOCAL_RANK": rank},
@@ -372,8 +522,17 @@ def test_two_ranks_give_the_same_as_one(run, demo_dataset, tmp_path, monkeypatch
         out, err = rank.communicate(timeout=120)
         assert rank.returncode == 0, err[-2000:]
         printed.append(out)
+        assert ("epoch-5.pth has been scored already" in err + out) == (len(printed) == 1)
+    (demo_dataset / "three.txt").unlink()
     assert "# Segmentation" in printed[0]
+    assert "# Fusion" in printed[0]
     assert printed[1] == "", "the second rank prints"
-    assert stems(folder / "color") == listed(demo_dataset)
-    found = read_json(folder / "eval.json")
-    assert {key: found[key] for key in SCORES} == {key: expected[key] for key in SCORES}
+    assert stems(folders[0] / "color") == stems(folders[1] / "fused") == names
+    found, found_vision = map(read_json, files)
+    for key in (*SCORES, "by_image"):
+        assert found[key] == expected[key], key
+    assert found_vision["images"].keys() == expected_vision["images"].keys()
+    for name, row in expected_vision["images"].items():
+        assert found_vision["images"][name] == pytest.approx(row, rel=1e-4), name
+    assert (folders[0] / "report.html").is_file()
+    assert (folders[1] / "sheet.png").is_file()

@@ -1,5 +1,6 @@
-"""predict.py: files and folders, odd sizes, windows, and what it refuses."""
+"""predict.py: files, folders and videos, odd sizes, windows, batches, and what it refuses."""
 
+import logging
 import sys
 from pathlib import Path
 
@@ -16,8 +17,19 @@ from models import build_model
 from utils.cli import run_main
 from utils.errors import InputError
 from utils.image import read_label, read_rgb, read_thermal, to_uint8, write_png
+from utils.video import VideoReader, VideoWriter
 
 KINDS = ("fused", "segmentation", "color", "overlay")
+
+
+@pytest.fixture(autouse=True)
+def _logging_stays_as_it_was():
+    """The scripts give the root logger a handler; later tests shall not see it."""
+    root = logging.getLogger()
+    handlers, level = list(root.handlers), root.level
+    yield
+    root.handlers[:] = handlers
+    root.setLevel(level)
 
 
 @pytest.fixture(scope="module")
@@ -107,6 +119,119 @@ def test_tile_is_the_window_of_the_config(monkeypatch, folders, checkpoint, tmp_
     assert (fused["covering"] == fused["whole"]).all()
     assert (fused["tiled"] != fused["whole"]).any()
     assert (fused["tiled"] == fused["set"]).all()
+
+
+def test_pairs_of_one_size_go_through_together(monkeypatch, folders, checkpoint, tmp_path):
+    """Batches change nothing in the pictures, and each is as large as it may be."""
+    for name in ("a2", "a3", "a4"):
+        write_png(folders[0] / f"{name}.png", texture(45, 61, 3)[::-1])
+        write_png(folders[1] / f"{name}.png", texture(45, 61)[:, ::-1])
+    sizes, real = [], script.predict
+    monkeypatch.setattr(
+        script, "predict", lambda m, rgb, *x, **y: sizes.append(len(rgb)) or real(m, rgb, *x, **y)
+    )
+    pictures = []
+    for count, expected in ((1, [1] * 6), (3, [3, 1, 1, 1])):
+        sizes.clear()
+        out = tmp_path / f"by{count}"
+        call(monkeypatch, *folders, checkpoint, out, "--set", f"eval.batch_size={count}")
+        assert sizes == expected
+        pictures.append([read_rgb(path) for path in sorted((out / "fused").iterdir())])
+    for single, together in zip(*pictures, strict=True):
+        assert np.abs(single.astype(int) - together).max() <= 1
+
+
+def test_16_bits_hold_more_than_the_8(monkeypatch, folders, checkpoint, tmp_path):
+    pair = folders[0] / "a.png", folders[1] / "a.bmp"
+    for bits in ("8", "16"):
+        call(monkeypatch, *pair, checkpoint, tmp_path / bits, "--bits", bits)
+    shallow, deep = (
+        cv2.imread(str(tmp_path / bits / "fused" / "a.png"), cv2.IMREAD_UNCHANGED)
+        for bits in ("8", "16")
+    )
+    assert (shallow.dtype, deep.dtype) == (np.uint8, np.uint16)
+    assert (np.rint(deep / 257) == shallow).all()
+    assert (deep % 257 != 0).any()
+
+
+def test_luma_only_keeps_the_colours(monkeypatch, folders, checkpoint, tmp_path):
+    """Cr and Cb are those of the visible image, but for rounding and clipping."""
+    rgb = texture(40, 48, 3) // 8 + 112  # far from what is clipped
+    write_png(tmp_path / "a.png", rgb)
+    write_png(tmp_path / "a_ir.png", texture(40, 48) // 4 + 96)
+    pair = tmp_path / "a.png", tmp_path / "a_ir.png"
+    chroma = cv2.cvtColor(rgb, cv2.COLOR_RGB2YCrCb)[..., 1:].astype(int)
+    off = []
+    for name, more in (("network", []), ("luma", ["--set", "eval.luma_only=true"])):
+        call(monkeypatch, *pair, checkpoint, tmp_path / name, *more)
+        fused = read_rgb(tmp_path / name / "fused" / "a.png")
+        off.append(np.abs(cv2.cvtColor(fused, cv2.COLOR_RGB2YCrCb)[..., 1:] - chroma).max())
+    assert off[1] <= 1 < off[0]
+
+
+@pytest.fixture
+def videos(tmp_path) -> tuple[Path, Path]:
+    """Five frames of rgb and four of thermal, of 45x61, at 10 frames a second."""
+    paths = tmp_path / "drive.mp4", tmp_path / "drive_ir.mp4"
+    ramp = np.linspace(0, 120, 61)[None, :, None].repeat(45, 0)
+    pictures = [(ramp + np.array([20, 10 * index, 100])).astype(np.uint8) for index in range(5)]
+    thermal_pictures = [255 - picture[::-1] // 2 for picture in pictures[:4]]
+    for path, frames in zip(paths, (pictures, thermal_pictures), strict=True):
+        with VideoWriter(path, 10) as video:
+            for frame in frames:
+                video.write(frame)
+    return paths
+
+
+def test_two_videos_give_two_videos(monkeypatch, capsys, videos, checkpoint, tmp_path):
+    """Frame by frame what predict() gives, as long as both have frames, at their speed."""
+    out, seen, real = tmp_path / "out", [], script.predict
+    monkeypatch.setattr(
+        script, "predict", lambda m, *pair, **more: seen.extend(pair) or real(m, *pair, **more)
+    )
+    call(monkeypatch, *videos, checkpoint, out, "--set", "eval.batch_size=1")
+    assert {path.name for path in out.iterdir()} == {"fused.mp4", "overlay.mp4"}
+    fused, overlay = (VideoReader(out / f"{name}.mp4") for name in ("fused", "overlay"))
+    assert fused.frames_per_s == overlay.frames_per_s == 10
+    model, _ = load_model(checkpoint, device="cpu")
+    found = list(fused)
+    assert len(found) == len(list(overlay)) == 4
+    sources = zip(found, VideoReader(videos[0]), VideoReader(videos[1]), strict=False)
+    for index, (picture, rgb, thermal) in enumerate(sources):
+        pair = pair_to_tensors(rgb, cv2.cvtColor(thermal, cv2.COLOR_RGB2GRAY))
+        assert all(map(torch.equal, seen[2 * index :], pair))
+        expected = to_uint8(predict(model, *pair).fused[0])
+        assert np.abs(picture.astype(int) - expected).mean() < 6
+    printed = capsys.readouterr().out
+    assert "4 pairs" in printed
+    assert "drive_ir.mp4 ends after 4 frames" in printed
+
+
+def test_folders_with_fps_give_two_videos(monkeypatch, folders, checkpoint, tmp_path):
+    for side in folders:
+        for path in [*side.glob("b.*"), *side.glob("c.*")]:
+            path.unlink()
+    for name in ("a0", "a1"):
+        write_png(folders[0] / f"{name}.png", texture(45, 61, 3))
+        write_png(folders[1] / f"{name}.png", texture(45, 61))
+    call(monkeypatch, *folders, checkpoint, tmp_path / "out", "--fps", "7")
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {"fused.mp4", "overlay.mp4"}
+    video = VideoReader(tmp_path / "out" / "fused.mp4")
+    assert (video.frames_per_s, len(list(video))) == (7, 3)
+
+
+def test_videos_that_cannot_be_are_refused(
+    monkeypatch, capsys, folders, videos, checkpoint, tmp_path
+):
+    out = tmp_path / "out"
+    mixed = videos[0], folders[1]
+    assert "two videos" in refused(monkeypatch, capsys, *mixed, checkpoint, out)
+    line = refused(monkeypatch, capsys, *videos, checkpoint, out, "--bits", "16")
+    assert "8 bits" in line
+    assert "--fps" in refused(monkeypatch, capsys, *videos, checkpoint, out, "--fps", "0")
+    line = refused(monkeypatch, capsys, *folders, checkpoint, out, "--fps", "5")
+    assert "fused.mp4: a frame is" in line, "images of different sizes"
+    assert len(list(VideoReader(out / "fused.mp4"))) == 1, "the frame before it is kept"
 
 
 def test_16_bit_thermal_is_converted(monkeypatch, folders, checkpoint, tmp_path):

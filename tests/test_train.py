@@ -1,6 +1,5 @@
 """train.py from its arguments to its exit code."""
 
-import logging
 import os
 import signal
 import subprocess
@@ -17,19 +16,6 @@ from utils.cli import run_main
 from utils.run_folder import RunFolder
 
 ROOT = Path(__file__).resolve().parents[1]
-
-
-@pytest.fixture(autouse=True)
-def restored_logging():
-    """train.py sets up the root logger; later tests get it back."""
-    root = logging.getLogger()
-    handlers, level = list(root.handlers), root.level
-    root.handlers.clear()
-    yield
-    for handler in root.handlers:
-        handler.close()
-    root.handlers[:] = handlers
-    root.setLevel(level)
 
 
 @pytest.fixture

@@ -90,16 +90,19 @@ def thermal_to_uint8(image: np.ndarray) -> np.ndarray:
 
 
 def write_png(path: str | Path, image: np.ndarray) -> None:
-    """Write (H, W) or (H, W, 3) RGB uint8 as PNG: aside first, then renamed; folders are made.
+    """Write (H, W) or (H, W, 3) RGB, uint8 or uint16, as PNG: aside first, then renamed.
+
+    Folders are made.
 
     Raises:
         InputError: the folder or disk does not take it; a file that was there stays.
     """
     path = Path(path)
     is_color = image.ndim == 3 and image.shape[2] == 3
-    if image.dtype != np.uint8 or not (is_color or image.ndim == 2):
+    if image.dtype not in (np.uint8, np.uint16) or not (is_color or image.ndim == 2):
         raise ValueError(
-            f"a PNG takes (H, W) or (H, W, 3) uint8, got {image.shape} {image.dtype} for {path}"
+            f"a PNG takes (H, W) or (H, W, 3), uint8 or uint16, got {image.shape} {image.dtype} "
+            f"for {path}"
         )
     pixels = cv2.cvtColor(image, cv2.COLOR_RGB2BGR) if is_color else np.ascontiguousarray(image)
     data = cv2.imencode(".png", pixels)[1].tobytes()
@@ -191,11 +194,26 @@ def to_uint8(image: Tensor) -> np.ndarray:
     return np.ascontiguousarray(pixels.permute(1, 2, 0).cpu().numpy())
 
 
+def to_uint16(image: Tensor) -> np.ndarray:
+    """(3, H, W) in [0, 1] -> (H, W, 3) uint16, 1 is 65535; see to_uint8."""
+    pixels = image.detach().float().clamp(0, 1).permute(1, 2, 0).cpu().numpy()
+    return np.rint(pixels.astype(np.float64) * 65535).astype(np.uint16)
+
+
 def rgb_to_ycbcr(rgb: Tensor) -> Tensor:
     """BT.601 full range: (B, 3, H, W) RGB in [0, 1] -> Y, Cb, Cr in [0, 1], grey at 0.5; linear."""
     red, green, blue = rgb.unbind(1)
     luma = 0.299 * red + 0.587 * green + 0.114 * blue
     return torch.stack((luma, 0.5 + (blue - luma) / 1.772, 0.5 + (red - luma) / 1.402), 1)
+
+
+def ycbcr_to_rgb(ycbcr: Tensor) -> Tensor:
+    """The inverse of rgb_to_ycbcr; what lies outside [0, 1] is not clipped."""
+    luma, blue_difference, red_difference = ycbcr.unbind(1)
+    red = luma + 1.402 * (red_difference - 0.5)
+    blue = luma + 1.772 * (blue_difference - 0.5)
+    green = (luma - 0.299 * red - 0.114 * blue) / 0.587
+    return torch.stack((red, green, blue), 1)
 
 
 def _decode(path: str | Path) -> np.ndarray:

@@ -94,8 +94,18 @@ def test_one_epoch_is_a_point():
 
 
 @pytest.mark.parametrize(
-    ("values", "expected"), [([1, 3], (1, 3)), ([2], (1, 3)), ([0], (-0.5, 0.5))]
+    ("values", "expected"),
+    [
+        ([1, 3], (1, 3)),
+        ([2], (1, 3)),
+        ([0], (-0.5, 0.5)),
+        ([2, 2 + 1e-12], (1, 3)),
+        ([-2], (-3, -1)),
+    ],
+    ids=str,
 )
 def test_spread_is_never_empty(values, expected):
-    assert spread(values) == expected
-    assert ticks(*spread(values))[0] <= expected[0]
+    assert spread(values) == pytest.approx(expected)
+    first, *_, last = ticks(*spread(values))
+    assert first <= min(values) <= max(values) <= last
+    assert first < last

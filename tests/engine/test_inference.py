@@ -196,11 +196,37 @@ def test_pair_to_tensors():
         pair_to_tensors(rgb, np.zeros((2, 3), np.uint8))
 
 
+def test_luma_only_keeps_the_colours_of_rgb():
+    """Where nothing is clipped, luma is the network's and Cb, Cr are those of rgb."""
+    rgb, thermal = (0.4 + 0.2 * image for image in images(2, 33, 40))
+    model = PositionWise()
+    plain, found = (predict(model, rgb, thermal, luma_only=x) for x in (False, True))
+    assert torch.equal(found.probabilities, plain.probabilities)
+    weights = torch.tensor([0.299, 0.587, 0.114])
+    lumas = [torch.einsum("c,bchw->bhw", weights, image) for image in (found.fused, plain.fused)]
+    torch.testing.assert_close(*lumas)
+    shift = found.fused - rgb  # the same for red, green and blue
+    torch.testing.assert_close(shift, shift[:, :1].expand_as(shift))
+    assert not torch.allclose(found.fused, plain.fused)
+
+
+def test_luma_only_stays_in_range():
+    rgb = torch.zeros(1, 3, 32, 32)
+    rgb[:, 2] = 1  # blue, of little luma
+    found = predict(PositionWise(), rgb, torch.ones_like(rgb), luma_only=True).fused
+    assert found.min() >= 0
+    assert found.max() <= 1
+
+
 def test_config_gives_options_and_words():
     config = load_config("demo", ["eval.crop=[40,50]", "eval.scales=[0.5,1]", "eval.flip=true"])
     assert inference_options(config.eval) == {
         "crop": (40, 50), "stride": pytest.approx(2 / 3), "scales": (0.5, 1.0), "flip": True,
+        "luma_only": False,
     }  # fmt: skip
     words = "sliding window 40x50, stride 0.667, scales 0.5 1, with mirrored input"
     assert describe_inference(config.eval) == words
+    luma = load_config("demo", ["eval.luma_only=true"]).eval
+    assert inference_options(luma)["luma_only"]
+    assert "luma" in describe_inference(luma)
     assert describe_inference(load_config("demo").eval) == "whole image, scale 1, not mirrored"

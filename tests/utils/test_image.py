@@ -13,6 +13,7 @@ from utils.image import (
     colorize,
     contact_sheet,
     decolorize,
+    error_map,
     overlay,
     read_label,
     read_rgb,
@@ -20,7 +21,9 @@ from utils.image import (
     rgb_to_ycbcr,
     thermal_to_uint8,
     to_uint8,
+    to_uint16,
     write_png,
+    ycbcr_to_rgb,
 )
 
 PALETTE = ((0, 0, 0), (64, 0, 128), (64, 64, 0))
@@ -297,3 +300,31 @@ def test_ycbcr_of_known_colors(color, expected):
 def test_ycbcr_is_differentiable():
     rgb = torch.rand(2, 3, 2, 3, dtype=torch.float64, requires_grad=True)
     assert torch.autograd.gradcheck(rgb_to_ycbcr, rgb)
+
+
+def test_16_bits_are_written_whole(tmp_path):
+    """1 is 65535, values between are rounded, and the file keeps all 16 bits."""
+    image = torch.tensor([[0.0, 1.0, 0.5, 2.0]]).repeat(3, 1, 1)
+    image[2] = 1 / 65535
+    pixels = to_uint16(image)
+    assert pixels.dtype == np.uint16
+    assert pixels[0].tolist() == [
+        [0, 0, 1],
+        [65535, 65535, 1],
+        [32768, 32768, 1],
+        [65535, 65535, 1],
+    ]
+    write_png(tmp_path / "deep.png", pixels)
+    stored = cv2.imread(str(tmp_path / "deep.png"), cv2.IMREAD_UNCHANGED)
+    np.testing.assert_array_equal(stored[..., ::-1], pixels)
+
+
+def test_ycbcr_comes_back():
+    rgb = torch.rand(2, 3, 5, 7, generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(ycbcr_to_rgb(rgb_to_ycbcr(rgb)), rgb)
+
+
+def test_error_map():
+    rgb = np.full((1, 4, 3), 100, np.uint8)
+    found = error_map(rgb, np.array([[0, 1, 2, 3]], np.uint8), np.array([[0, 2, 2, 255]], np.uint8))
+    assert found[0].tolist() == [[82, 82, 82], [230, 30, 30], [82, 82, 82], [0, 0, 0]]

@@ -1,5 +1,6 @@
 """The confusion matrix against scikit-learn and torchmetrics, its edges and two ranks."""
 
+import json
 import os
 import subprocess
 import sys
@@ -109,9 +110,11 @@ def test_wrong_values_are_named(prediction, label, message):
         ConfusionMatrix(3).update(torch.tensor(prediction), torch.tensor(label))
 
 
-def test_two_ranks_give_the_counts_of_both():
+def test_two_ranks_give_the_counts_of_both(tmp_path):
     program = """
-import os
+import json
+import sys
+from pathlib import Path
 import torch
 import torch.distributed as dist
 from utils.segmentation_metrics import ConfusionMatrix
@@ -119,14 +122,16 @@ dist.init_process_group("gloo")
 matrix = ConfusionMatrix(2)
 matrix.update(torch.full((4,), dist.get_rank()), torch.zeros(4).long())
 matrix.reduce()
-print("counts", matrix.compute()["confusion"], flush=True)
+path = Path(sys.argv[1], f"{dist.get_rank()}.json")  # lines of two ranks could mix on stdout
+path.write_text(json.dumps(matrix.compute()["confusion"]))
 dist.destroy_process_group()
 """
     environment = dict(os.environ, PYTHONPATH=str(ROOT), OMP_NUM_THREADS="1")
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    script = ["--no-python", sys.executable, "-c", program]
+    script = ["--no-python", sys.executable, "-c", program, str(tmp_path)]
     result = subprocess.run(
         [*command, *script], cwd=ROOT, env=environment, capture_output=True, text=True, check=False
     )
     assert result.returncode == 0, result.stderr
-    assert result.stdout.count("counts [[4, 4], [0, 0]]") == 2
+    for rank in range(2):
+        assert json.loads((tmp_path / f"{rank}.json").read_text()) == [[4, 4], [0, 0]]
