@@ -6,7 +6,7 @@ Of two videos, or of two folders with --fps, it makes fused.mp4 and overlay.mp4 
 Scales, mirroring and windows are those of the checkpoint's config; --tile and --set change them.
 Neighbours of one size go through the network together, eval.batch_size of them.
 The network fuses in colour; eval.luma_only=true takes its luma alone, and Cb and Cr (YCbCr) from
-the visible image, whose colours then stay exactly as they are.
+the visible image, whose colours then stay as they are, but for what is clipped.
 
 Examples:
     python predict.py --rgb street.png --thermal street_ir.png --checkpoint best.pth --out fused
@@ -42,7 +42,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from configs import Config, dump_config, load_config
-from dataloader.dataset import IMAGE_SUFFIXES
+from dataloader.dataset import files_by_stem
 from engine.checkpoint import load_model
 from engine.inference import (
     Prediction,
@@ -233,16 +233,12 @@ def find_pairs(rgb: Path, thermal: Path) -> list[PairFiles]:
 
 def images_by_stem(folder: Path) -> dict[str, Path]:
     """The image files of a folder; InputError where two share a stem."""
-    found: dict[str, Path] = {}
-    for path in sorted(folder.iterdir()):
-        if path.suffix.lower() in IMAGE_SUFFIXES:
-            if path.stem in found:
-                raise InputError(
-                    f"{folder} holds {found[path.stem].name} and {path.name}: two files of one "
-                    f"name; remove one"
-                )
-            found[path.stem] = path
-    return found
+    found = files_by_stem(folder)
+    for paths in found.values():
+        if len(paths) > 1:
+            names = " and ".join(sorted(path.name for path in paths))
+            raise InputError(f"{folder} holds {names}: two files of one name; remove one")
+    return {stem: paths[0] for stem, paths in found.items()}
 
 
 def read_files(files: PairFiles) -> Pair:

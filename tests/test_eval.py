@@ -477,17 +477,18 @@ def test_pictures_that_are_missing_are_a_reason_to_score(run, monkeypatch, demo_
 
 RANK = """
 import os, sys
-import eval, eval_vision
-arguments = sys.argv[2:]
-for script, port in ((eval, sys.argv[1].split(",")[0]), (eval_vision, sys.argv[1].split(",")[1])):
+import eval, eval_vision, predict
+ports, arguments, pairs = (text.split("|") for text in sys.argv[1:])
+scripts = (eval, arguments), (eval_vision, arguments), (predict, pairs)
+for port, (script, given) in zip(ports, scripts, strict=True):
     os.environ["MASTER_PORT"] = port
-    sys.argv = [script.__name__, *arguments]
+    sys.argv = [script.__name__, *given]
     script.main()
 """
 
 
 def test_two_ranks_give_the_same_as_one(run, demo_dataset, tmp_path, monkeypatch):
-    """Of three images one rank has two, the other one; both scripts, the first epoch scored yet."""
+    """Of three images one rank has two, the other one; all scripts, the first epoch scored yet."""
     names = listed(demo_dataset, "train")[:3]
     (demo_dataset / "three.txt").write_text("\n".join(names))
     for script in ("eval", "eval_vision"):
@@ -499,15 +500,20 @@ def test_two_ranks_give_the_same_as_one(run, demo_dataset, tmp_path, monkeypatch
     expected, expected_vision = map(read_json, files)
     for folder in folders:
         shutil.rmtree(folder)
-    with socket.socket() as free, socket.socket() as other:
+    pairs = ["--checkpoint", str(run.epoch_checkpoint(10)), "--out", str(tmp_path / "predicted")]
+    for kind, source in (("rgb", "RGB"), ("thermal", "Modal")):
+        (tmp_path / kind).mkdir()
+        pairs += [f"--{kind}", str(tmp_path / kind)]
+        for name in names:
+            shutil.copy(demo_dataset / source / f"{name}.png", tmp_path / kind)
+    scored = ["-n", str(tmp_path / "demo.yaml"), "-e", "5-", "--split", "three"]
+    with socket.socket() as first, socket.socket() as second, socket.socket() as third:
         ports = []
-        for probe in (free, other):
+        for probe in (first, second, third):
             probe.bind(("localhost", 0))
             ports.append(str(probe.getsockname()[1]))
-    command = [
-        sys.executable, "-c", RANK, ",".join(ports), "-n", str(tmp_path / "demo.yaml"),
-        "-d", "cpu", "-e", "5-", "--split", "three",
-    ]  # fmt: skip
+    texts = ["|".join(ports), *("|".join([*given, "-d", "cpu"]) for given in (scored, pairs))]
+    command = [sys.executable, "-c", RANK, *texts]
     shared = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "OMP_NUM_THREADS": "1",
               "MASTER_ADDR": "localhost"}  # fmt: skip
     ranks = [
@@ -526,7 +532,9 @@ def test_two_ranks_give_the_same_as_one(run, demo_dataset, tmp_path, monkeypatch
     (demo_dataset / "three.txt").unlink()
     assert "# Segmentation" in printed[0]
     assert "# Fusion" in printed[0]
+    assert "3 pairs written" in printed[0]
     assert printed[1] == "", "the second rank prints"
+    assert stems(tmp_path / "predicted" / "overlay") == names
     assert stems(folders[0] / "color") == stems(folders[1] / "fused") == names
     found, found_vision = map(read_json, files)
     for key in (*SCORES, "by_image"):
