@@ -344,17 +344,18 @@ struct Scan {
     const float *u, *delta, *A, *B, *C, *D, *bias;  // D and bias may be null; B, C (batch, K, L, N)
 };
 
-// Calls run(image, group, channel, part) for all rows; those of a part one after the other.
+// Calls run(image, group, channel, part, scratch) for all rows; those of a part one after the other.
 template <typename Run>
-void for_all_rows(const Scan& p, Run run) {
+void for_all_rows(const Scan& p, int64_t scratch_size, Run run) {
     const int64_t size = p.channels / p.groups;
 #pragma omp parallel for num_threads(p.threads) schedule(static)
     for (int64_t task = 0; task < p.batch * p.groups * p.parts; ++task) {
+        std::vector<float> scratch(scratch_size);
         const int64_t part = task % p.parts, group = task / p.parts % p.groups;
         const int64_t image = task / (p.parts * p.groups);
         const int64_t begin = part * size / p.parts, end = (part + 1) * size / p.parts;
         for (int64_t channel = group * size + begin; channel < group * size + end; ++channel)
-            run(image, group, channel, part);
+            run(image, group, channel, part, scratch.data());
     }
 }
 
@@ -375,13 +376,13 @@ struct ScanForward {
 
     template <int FIXED>
     void run() const {
-        for_all_rows(p, [&](int64_t image, int64_t group, int64_t channel, int64_t) {
-            std::vector<float> scratch(forward_scratch(p.shape));
+        for_all_rows(p, forward_scratch(p.shape), [&](int64_t image, int64_t group,
+                                                      int64_t channel, int64_t, float* scratch) {
             const int64_t row = image * p.channels + channel;
             Sequence tokens = sequence_of(p, row, channel);
             tokens.y = y + row * p.shape.length;
             forward_row<FIXED>(p.shape, tokens, matrices_of(p, image, group, channel),
-                               borders + row * p.shape.borders(), scratch.data());
+                               borders + row * p.shape.borders(), scratch);
         });
     }
 };
@@ -393,8 +394,9 @@ struct ScanBackward {
 
     template <int FIXED>
     void run() const {
-        for_all_rows(p, [&](int64_t image, int64_t group, int64_t channel, int64_t part) {
-            std::vector<float> scratch(backward_scratch(p.shape));
+        for_all_rows(p, backward_scratch(p.shape), [&](int64_t image, int64_t group,
+                                                       int64_t channel, int64_t part,
+                                                       float* scratch) {
             const int64_t row = image * p.channels + channel, at = row * p.shape.length;
             const int64_t matrix = ((part * p.batch + image) * p.groups + group) *
                                    p.shape.length * p.shape.states;
@@ -406,7 +408,7 @@ struct ScanBackward {
                                 borders + row * p.shape.borders(),
                                 {A + row * p.shape.states, D + row, bias + row, B + matrix,
                                  C + matrix},
-                                scratch.data());
+                                scratch);
         });
     }
 };
@@ -463,20 +465,21 @@ void scatter(const Map& p, int64_t image, int64_t direction, const Steps& steps,
 }
 
 // For every direction of every part of an image: begin(gradients), then row(steps, gradients, image,
-// direction, channel) for the part's channels, then end(gradients, image, direction, part).
+// direction, channel, scratch) for the part's channels, then end(gradients, image, direction, part).
 template <typename Begin, typename Row, typename End>
-void for_all_paths(const Map& p, Begin begin, Row row, End end) {
+void for_all_paths(const Map& p, int64_t scratch_size, Begin begin, Row row, End end) {
 #pragma omp parallel for num_threads(p.threads) schedule(static)
     for (int64_t task = 0; task < p.batch * p.parts; ++task) {
         const int64_t image = task / p.parts, part = task % p.parts;
         const int64_t first = part * p.channels / p.parts;
         const int64_t last = (part + 1) * p.channels / p.parts;
         Steps steps(p), gradients(p);
+        std::vector<float> scratch(scratch_size);
         for (int64_t direction = 0; direction < DIRECTIONS; ++direction) {
             gather(p, image, direction, steps);
             begin(gradients);
             for (int64_t channel = first; channel < last; ++channel)
-                row(steps, gradients, image, direction, channel);
+                row(steps, gradients, image, direction, channel, scratch.data());
             end(gradients, image, direction, part);
         }
     }
@@ -507,14 +510,14 @@ struct MapForward {
     template <int FIXED>
     void run() const {
         for_all_paths(
-            p, [](Steps&) {},
-            [&](const Steps& steps, Steps&, int64_t image, int64_t direction, int64_t channel) {
-                std::vector<float> scratch(forward_scratch(p.shape));
+            p, forward_scratch(p.shape), [](Steps&) {},
+            [&](const Steps& steps, Steps&, int64_t image, int64_t direction, int64_t channel,
+                float* scratch) {
                 Path path = path_of(p, steps, image, direction, channel);
                 path.y = y + (image * p.channels + channel) * p.shape.length;
                 const int64_t row = (image * DIRECTIONS + direction) * p.channels + channel;
                 forward_row<FIXED>(p.shape, path, matrices_of(p, steps, direction, channel),
-                                   borders + row * p.shape.borders(), scratch.data());
+                                   borders + row * p.shape.borders(), scratch);
             },
             [](const Steps&, int64_t, int64_t, int64_t) {});
     }
@@ -530,14 +533,13 @@ struct MapBackward {
     template <int FIXED>
     void run() const {
         for_all_paths(
-            p,
+            p, backward_scratch(p.shape),
             [](Steps& gradients) {
                 for (auto* values : {&gradients.low, &gradients.B, &gradients.C})
                     std::fill(values->begin(), values->end(), 0.0f);
             },
             [&](const Steps& steps, Steps& gradients, int64_t image, int64_t direction,
-                int64_t channel) {
-                std::vector<float> scratch(backward_scratch(p.shape));
+                int64_t channel, float* scratch) {
                 const int64_t at = (image * p.channels + channel) * p.shape.length;
                 const int64_t row = (image * DIRECTIONS + direction) * p.channels + channel;
                 Path path = path_of(p, steps, image, direction, channel);
@@ -549,7 +551,7 @@ struct MapBackward {
                                     borders + row * p.shape.borders(),
                                     {A + row * p.shape.states, D + row, bias + row,
                                      gradients.B.data(), gradients.C.data()},
-                                    scratch.data());
+                                    scratch);
             },
             [&](const Steps& gradients, int64_t image, int64_t direction, int64_t part) {
                 const int64_t size = p.batch * p.shape.length * DIRECTIONS * p.width();
@@ -571,7 +573,10 @@ void run_for_states(int64_t states, const Job& job) {
 }
 
 // sizes: length, states, tile, has_softplus, batch, channels, groups or rank, parts, threads.
-Shape shape_of(const int64_t* sizes) { return {sizes[0], sizes[1], sizes[2], sizes[3] != 0}; }
+// No scratch for tokens that a short row has not.
+Shape shape_of(const int64_t* sizes) {
+    return {sizes[0], sizes[1], std::min(sizes[2], sizes[0]), sizes[3] != 0};
+}
 
 Scan scan_of(const int64_t* sizes, const float* const* in) {
     return {shape_of(sizes), sizes[4], sizes[5], sizes[6], sizes[7], static_cast<int>(sizes[8]),
