@@ -16,7 +16,6 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-RATE_STEPS = 90
 
 
 def main() -> None:
@@ -26,6 +25,7 @@ def main() -> None:
     parser.add_argument("-n", "--dataset_name", default="msrs")
     parser.add_argument("--seconds", type=float, default=430)
     parser.add_argument("--exp", default="quality")
+    parser.add_argument("--rate_steps", type=int, default=90, help="steps of the short run")
     parser.add_argument("--margin", type=float, default=0.97, help="share of the time to plan for")
     parser.add_argument("--set", nargs="+", action="extend", default=[])
     arguments = parser.parse_args()
@@ -34,8 +34,8 @@ def main() -> None:
     quiet = ["train.epochs=100000", "train.val_every=100000", "train.checkpoint_start=100000"]
 
     rate_exp = f"{arguments.exp}-rate"
-    run("train.py", *common, "--exp", rate_exp, *settings, *quiet, f"train.max_steps={RATE_STEPS}",
-        "train.log_every=30")  # fmt: skip
+    run("train.py", *common, "--exp", rate_exp, *settings, *quiet,
+        f"train.max_steps={arguments.rate_steps}", f"train.log_every={arguments.rate_steps // 3}")  # fmt: skip
     name = dataset_name(arguments.dataset_name, settings[1:])
     rows = metrics(name, rate_exp)
     started, (before, last) = rows[0]["elapsed_s"], rows[-2:]
