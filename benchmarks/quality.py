@@ -34,8 +34,9 @@ def main() -> None:
     quiet = ["train.epochs=100000", "train.val_every=100000", "train.checkpoint_start=100000"]
 
     rate_exp = f"{arguments.exp}-rate"
-    run("train.py", *common, "--exp", rate_exp, *settings, *quiet,
-        f"train.max_steps={arguments.rate_steps}", f"train.log_every={arguments.rate_steps // 3}")  # fmt: skip
+    short = [f"train.max_steps={arguments.rate_steps}"]
+    short += [f"train.log_every={arguments.rate_steps // 3}"]
+    run("train.py", *common, "--exp", rate_exp, *settings, *quiet, *short)
     name = dataset_name(arguments.dataset_name, settings[1:])
     rows = metrics(name, rate_exp)
     started, (before, last) = rows[0]["elapsed_s"], rows[-2:]

@@ -1,6 +1,7 @@
 """One training step: forward, backward, and an update that bad numbers turn into none."""
 
 import logging
+import math
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import NamedTuple, Protocol
@@ -33,6 +34,7 @@ class StepResult(NamedTuple):
     images: list[str]
     parts: dict[str, Tensor]  # each ()
     expert_shares: Tensor  # (blocks, E)
+    gradient_norm: Tensor  # (), before clipping
     is_bad: Tensor  # (), the loss or the gradient was not finite
 
 
@@ -41,6 +43,7 @@ class Summary(NamedTuple):
 
     losses: dict[str, float]  # mean of each part over the good steps; empty where there are none
     expert_shares: Tensor  # (blocks, E), on the CPU
+    gradient_norm: float  # the largest of the good steps; 0 where there are none
     bad_steps: list[str]  # a description of each
 
 
@@ -61,7 +64,7 @@ def train_step(state: TrainingState, batch: NamedBatch, config: Config) -> StepR
             total = total * torch.where(total.isfinite(), 1.0, torch.nan)
             state.scaler.scale(total).backward()
         results.append((parts, state.model.expert_shares()))
-    is_skipped = _update(state, config)
+    is_skipped, gradient_norm = _update(state, config)
     if state.average is not None:
         state.average.update(state.model, state.step)
     state.step += 1
@@ -74,7 +77,7 @@ def train_step(state: TrainingState, batch: NamedBatch, config: Config) -> StepR
     for buffer, before in zip(state.model.buffers(), buffers, strict=False):
         buffer.copy_(torch.where(is_bad, before, buffer))  # running statistics saw the bad numbers
     shares = torch.stack([share for _, share in results]).mean(0)
-    return StepResult(state.step, batch.name, losses, shares, is_bad)
+    return StepResult(state.step, batch.name, losses, shares, gradient_norm, is_bad)
 
 
 def split_batch(batch: NamedBatch, count: int) -> list[NamedBatch]:
@@ -89,6 +92,7 @@ def summarize(steps: list[StepResult]) -> Summary:
     """Read what some steps left on the device; every rank takes part."""
     values = torch.stack([torch.stack(list(step.parts.values())) for step in steps]).cpu()
     shares = torch.stack([step.expert_shares for step in steps]).cpu()
+    norms = torch.stack([step.gradient_norm for step in steps]).cpu()
     is_bad = torch.stack([step.is_bad for step in steps]).cpu()
     found: dict[int, str] = {}
     if largest(int(is_bad.any())):
@@ -100,7 +104,8 @@ def summarize(steps: list[StepResult]) -> Summary:
     means = reduce_sum(values[good].mean(0)) / world_size()
     losses = dict(zip(steps[0].parts, means.tolist(), strict=True)) if good.any() else {}
     shares = reduce_sum(shares.mean(0)) / world_size()
-    return Summary(losses, shares, [found[number] for number in sorted(found)])
+    norm = norms[good].max().item() if good.any() else 0.0  # ranks have the same gradients
+    return Summary(losses, shares, norm, [found[number] for number in sorted(found)])
 
 
 @contextmanager
@@ -131,23 +136,23 @@ def _losses(state: TrainingState, batch: NamedBatch, config: Config) -> dict[str
     return joint_loss(output, batch, config.loss)
 
 
-def _update(state: TrainingState, config: Config) -> Tensor:
-    """Apply the gradient if it is finite; () bool on the device: it was not.
+def _update(state: TrainingState, config: Config) -> tuple[Tensor, Tensor]:
+    """Apply the gradient if it is finite; () bool on the device: it was not; () its norm.
 
     The scaler leaves a bad step out and then lowers its scale. In fp16 a scale above 1 may be the
     very cause, so that only what is left out at a lower one counts as bad.
     """
     scaler, one = state.scaler, torch.ones((), device=next(state.model.parameters()).device)
     scaler.unscale_(state.optimizer)
-    if config.train.clip_grad_norm is not None:
-        nn.utils.clip_grad_norm_(state.model.parameters(), config.train.clip_grad_norm)
+    largest_norm = config.train.clip_grad_norm or math.inf
+    norm = nn.utils.clip_grad_norm_(state.model.parameters(), largest_norm)
     scaler.step(state.optimizer)
     before = scaler.scale(one)
     scaler.update()
     is_skipped = (scaler.scale(one) < before) & (before <= 1)
     if config.train.precision != "fp16":
         scaler.update(1.0)
-    return is_skipped
+    return is_skipped, norm
 
 
 def _sharing_gradients(network: nn.Module, is_last: bool) -> AbstractContextManager:

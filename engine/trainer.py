@@ -7,7 +7,6 @@ import time
 from pathlib import Path
 
 import torch
-from torch import Tensor
 from torch.utils.data import DataLoader
 
 from configs import Config, dump_config
@@ -26,6 +25,7 @@ from engine.state import (
 )
 from engine.step import (
     StepResult,
+    Summary,
     explained_out_of_memory,
     summarize,
     train_step,
@@ -112,10 +112,11 @@ def train_epoch(
         window.append(train_step(state, next(batches), config))
         if state.step % config.train.log_every == 0 or state.is_finished:
             begin = time.perf_counter()
-            losses, expert_shares = read_window(window, state, config)
+            summary = read_window(window, state, config)
             report.steps(
-                losses,
-                expert_shares,
+                summary.losses,
+                summary.expert_shares,
+                gradient_norm=summary.gradient_norm,
                 epoch=state.epoch + 1,
                 step=state.step,
                 learning_rate=learning_rate,
@@ -141,16 +142,15 @@ def set_learning_rate(state: TrainingState, config: Config) -> float:
     return learning_rate
 
 
-def read_window(
-    window: list[StepResult], state: TrainingState, config: Config
-) -> tuple[dict[str, float], Tensor]:
-    """Means of the losses and of the expert shares (blocks, E), over some steps and all ranks.
+def read_window(window: list[StepResult], state: TrainingState, config: Config) -> Summary:
+    """What some steps left on the devices of all ranks; the window is empty afterwards.
 
     Raises:
         FloatingPointError: on every rank, where more steps were bad than train.max_bad_steps.
     """
-    losses, expert_shares, bad_steps = summarize(window)
+    summary = summarize(window)
     window.clear()
+    bad_steps = summary.bad_steps
     state.bad_steps += len(bad_steps)
     if state.bad_steps > config.train.max_bad_steps:
         raise FloatingPointError(
@@ -160,7 +160,7 @@ def read_window(
         )
     for description in bad_steps:
         log.warning("left out: %s", description)
-    return losses, expert_shares
+    return summary
 
 
 def write_run_files(config: Config, folder: RunFolder) -> None:

@@ -149,6 +149,7 @@ class RunReport:
         *,
         epoch: int,
         step: int,
+        gradient_norm: float,
         learning_rate: float,
         batch_size: int,
         data_wait: float,
@@ -159,6 +160,7 @@ class RunReport:
             losses: mean of each part; "total" becomes "loss", others "loss_<part>". Empty where no
                 step was good; then there is nothing to report.
             expert_shares: (blocks, E), on the CPU.
+            gradient_norm: the largest, before clipping.
             batch_size: images per step over all ranks.
             data_wait: share of the time spent on waiting for images.
         """
@@ -171,6 +173,7 @@ class RunReport:
         entry = {
             "loss": losses["total"],
             **parts,
+            "gradient_norm": gradient_norm,
             "lr": learning_rate,
             "images_per_s": round(images_per_s, 3),
             "data_wait": round(data_wait, 3),
@@ -185,6 +188,7 @@ class RunReport:
         self._tensorboard.scalars(
             {
                 **{f"loss/{part}": value for part, value in losses.items()},
+                "train/gradient_norm": gradient_norm,
                 "train/lr": learning_rate,
                 "train/images_per_s": images_per_s,
                 "train/data_wait": data_wait,

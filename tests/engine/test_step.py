@@ -11,6 +11,7 @@ from torch import nn
 
 from configs import load_config
 from engine import step as step_module
+from engine.losses import joint_loss
 from engine.state import TrainingState, build_state, check_batch
 from engine.step import explained_out_of_memory, split_batch, summarize, train_step
 from models import CMFSOutput
@@ -192,7 +193,25 @@ def test_summary_leaves_bad_steps_out_of_the_means(monkeypatch):
     (text,) = summary.bad_steps
     assert "the loss is not finite at step 2" in text
     assert "total nan" in text and "segmentation nan" not in text and "image0, image1" in text
-    assert summarize(steps[1:]).losses == {}
+    assert summary.gradient_norm == pytest.approx(float(steps[0].gradient_norm))
+    nothing = summarize(steps[1:])
+    assert nothing.losses == {} and nothing.gradient_norm == 0
+
+
+@pytest.mark.parametrize("clip", ["none", "1.0e-3"])
+def test_the_gradient_norm_is_of_the_whole_gradient_before_clipping(clip):
+    config = config_with(f"train.clip_grad_norm={clip}")
+    state = state_of(config)
+    start = copy.deepcopy(state.model)
+    steps = [train_step(state, batch_of(4), config) for _ in range(2)]
+    batch = batch_of(4)
+    joint_loss(start(batch.rgb, batch.thermal), batch, config.loss)["total"].backward()
+    truth = torch.cat([p.grad.flatten() for p in start.parameters()]).norm()
+    torch.testing.assert_close(steps[0].gradient_norm, truth)
+    left = torch.cat([p.grad.flatten() for p in state.model.parameters()]).norm()
+    expected = steps[1].gradient_norm if clip == "none" else torch.tensor(float(clip))
+    torch.testing.assert_close(left, expected, rtol=1e-3, atol=0.0)
+    assert summarize(steps).gradient_norm == max(float(s.gradient_norm) for s in steps)
 
 
 def ranks_step(rank: int, folder: str, bad_rank: int | None, queue) -> None:
@@ -280,13 +299,13 @@ def test_a_step_never_waits_for_the_gpu(precision):
     state = state_of(config, devices=Devices(device, 0, 0, 1))
     state.model.expert_shares = lambda: torch.zeros(1, 2, device=device)
     batch = Pairs(*(x.to(device) if isinstance(x, torch.Tensor) else x for x in batch_of(4)))
+    bad = batch._replace(rgb=torch.full_like(batch.rgb, torch.nan))
     train_step(state, batch, config)  # makes moments and kernels
     torch.cuda.set_sync_debug_mode("error")
     try:
         results = [train_step(state, batch, config) for _ in range(3)]
-        batch.rgb[0, 0, 0, 0] = torch.nan
         before = snapshot(state)
-        results.append(train_step(state, batch, config))
+        results.append(train_step(state, bad, config))
     finally:
         torch.cuda.set_sync_debug_mode("default")
     assert [bool(result.is_bad) for result in results] == [False, False, False, True]

@@ -107,6 +107,7 @@ def report_steps(report: RunReport) -> None:
         torch.tensor([[0.25, 0.75]]),
         epoch=1,
         step=4,
+        gradient_norm=2.5,
         learning_rate=1e-3,
         batch_size=8,
         data_wait=0.25,
@@ -125,8 +126,9 @@ def test_a_report_reaches_metrics_log_and_tensorboard(folder, caplog):
         report_steps(report)
     entry = json.loads(folder.metrics_file.read_text())
     assert entry["images_per_s"] > 0 and entry["data_wait"] == 0.25
-    assert {key: entry[key] for key in list(entry)[:5]} == {
-        "step": 4, "epoch": 1, "loss": 1.5, "loss_segmentation": 0.5, "lr": 1e-3,
+    assert {key: entry[key] for key in list(entry)[:6]} == {
+        "step": 4, "epoch": 1, "loss": 1.5, "loss_segmentation": 0.5,
+        "gradient_norm": 2.5, "lr": 1e-3,
     }  # fmt: skip
     assert "epoch 1 step 4/10 left" in caplog.text
     assert "segmentation 0.5000" in caplog.text
@@ -135,7 +137,7 @@ def test_a_report_reaches_metrics_log_and_tensorboard(folder, caplog):
     assert values.pop("train/images_per_s") > 0
     assert values.keys() == {
         "loss/total", "loss/segmentation", "train/lr", "train/data_wait", "val/miou",
-        "experts/block0_expert0", "experts/block0_expert1",
+        "train/gradient_norm", "experts/block0_expert0", "experts/block0_expert1",
     }  # fmt: skip
     assert values["experts/block0_expert1"] == 0.75
     assert math.isclose(values["train/lr"], 1e-3, rel_tol=1e-6)
