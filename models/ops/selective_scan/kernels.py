@@ -71,16 +71,21 @@ def _repeat(condition, SIZE: tl.constexpr):
 
 
 @triton.jit
-def _take(x, step: tl.constexpr):
-    """x[:, :, step]; as a sum of integers with zeros it compiles to the name of a register."""
+def _take(x, index: tl.constexpr, REVERSE: tl.constexpr):
+    """x[:, :, index], counted from the last if REVERSE.
+
+    As a sum of integers with zeros it compiles to the name of a register.
+    """
+    step: tl.constexpr = x.shape[2] - 1 - index if REVERSE else index
     steps = tl.arange(0, x.shape[2])[None, None, :]
     bits = tl.where(steps == step, x.to(tl.int32, bitcast=True), 0)
     return tl.sum(bits, 2).to(tl.float32, bitcast=True)
 
 
 @triton.jit
-def _put(x, step: tl.constexpr, value):
-    """x with x[:, :, step] = value."""
+def _put(x, index: tl.constexpr, value, REVERSE: tl.constexpr):
+    """x with x[:, :, index] = value, counted as in _take."""
+    step: tl.constexpr = x.shape[2] - 1 - index if REVERSE else index
     steps = tl.arange(0, x.shape[2])[None, None, :]
     return tl.where(steps == step, value[:, :, None], x)
 
@@ -120,41 +125,68 @@ def _join_lanes(decay, end, carry, REVERSE: tl.constexpr):
 
 
 @triton.jit
-def _lane_ends(decay, x, REVERSE: tl.constexpr):
-    """What leaves each lane if zero enters: s = decay · s + x, or s = decay · (s + x) backward."""
-    STEPS: tl.constexpr = x.shape[2]
-    if REVERSE:
-        state = _take(decay, STEPS - 1) * _take(x, STEPS - 1)
-        for step in tl.static_range(STEPS - 2, -1, -1):
-            state = _take(decay, step) * (_take(x, step) + state)
-    else:
-        state = _take(x, 0)
-        for step in tl.static_range(1, STEPS):
-            state = _take(decay, step) * state + _take(x, step)
+def _lane_ends(decay, x, GRADIENT: tl.constexpr, REVERSE: tl.constexpr):
+    """What leaves each lane if zero enters: s = decay · s + x, a gradient's s = decay · (s + x).
+
+    REVERSE walks from the last token to the first, as in _states and _state_gradients.
+    """
+    state = _take(x, 0, REVERSE)
+    if GRADIENT:
+        state *= _take(decay, 0, REVERSE)
+    for step in tl.static_range(1, x.shape[2]):
+        if GRADIENT:
+            state = _take(decay, step, REVERSE) * (_take(x, step, REVERSE) + state)
+        else:
+            state = _take(decay, step, REVERSE) * state + _take(x, step, REVERSE)
     return state
 
 
 @triton.jit
-def _states(decay, x, state):
+def _states(decay, x, state, REVERSE: tl.constexpr):
     """state = decay · state + x along each lane: the inherited parts and the states."""
     inherited, states = x, x
     for step in tl.static_range(x.shape[2]):
-        state = _take(decay, step) * state
-        inherited = _put(inherited, step, state)
-        state += _take(x, step)
-        states = _put(states, step, state)
+        state = _take(decay, step, REVERSE) * state
+        inherited = _put(inherited, step, state, REVERSE)
+        state += _take(x, step, REVERSE)
+        states = _put(states, step, state, REVERSE)
     return inherited, states
 
 
 @triton.jit
-def _state_gradients(decay, x, gradient):
-    """dL/dh_l = x_l + exp(dt_{l+1}·A) dL/dh_{l+1}, given what enters each lane from later ones."""
+def _state_gradients(decay, x, gradient, REVERSE: tl.constexpr):
+    """dL/dh_l = x_l + exp(dt_{l+1}·A) dL/dh_{l+1}, given what enters each lane from later ones.
+
+    It walks against the states: REVERSE where they do not.
+    """
     gradients = x
-    for step in tl.static_range(x.shape[2] - 1, -1, -1):
-        gradient += _take(x, step)
-        gradients = _put(gradients, step, gradient)
-        gradient *= _take(decay, step)
+    for step in tl.static_range(x.shape[2]):
+        gradient += _take(x, step, REVERSE)
+        gradients = _put(gradients, step, gradient, REVERSE)
+        gradient *= _take(decay, step, REVERSE)
     return gradients
+
+
+@triton.jit
+def _times(dt, GRADIENT: tl.constexpr, REVERSE: tl.constexpr):
+    """The time between each token and the border at which the chunk's walk ends, and all of it.
+
+    A token's own dt counts for a gradient only. dt (ROWS, LANES, STEPS) -> the same and (ROWS,).
+    """
+    ROWS: tl.constexpr = dt.shape[0]
+    LANES: tl.constexpr = dt.shape[1]
+    span = tl.sum(dt, 2)
+    one, nothing = tl.full([ROWS, LANES], 1.0, tl.float32), tl.zeros([ROWS], tl.float32)
+    time, leaving = _join_lanes(one, span, nothing, not REVERSE)
+    times = dt
+    for step in tl.static_range(dt.shape[2]):
+        if GRADIENT:
+            time += _take(dt, step, not REVERSE)
+            times = _put(times, step, time, not REVERSE)
+        else:
+            times = _put(times, step, time, not REVERSE)
+            time += _take(dt, step, not REVERSE)
+    return times, tl.sum(span, 1)
 
 
 @triton.jit
@@ -242,24 +274,12 @@ def _chunk_ends_kernel(
     dt = tl.reshape(dt, [ROWS, LANES, STEPS])
     inputs = tl.reshape(inputs, [ROWS, LANES, STEPS])
 
-    span = tl.sum(dt, 2)
-    nothing = tl.zeros([ROWS], tl.float32)
-    time, leaving = _join_lanes(tl.full([ROWS, LANES], 1.0, tl.float32), span, nothing, not REVERSE)
-    times = dt
-    if REVERSE:  # from the chunk's beginning to this token, itself included
-        for step in tl.static_range(STEPS):
-            time += _take(dt, step)
-            times = _put(times, step, time)
-    else:  # from this token, itself excluded, to the chunk's end
-        for step in tl.static_range(STEPS - 1, -1, -1):
-            times = _put(times, step, time)
-            time += _take(dt, step)
-
+    times, span = _times(dt, REVERSE, REVERSE)
     row = group * group_size + block * ROWS + tl.arange(0, ROWS)
     valid = block * ROWS + tl.arange(0, ROWS) < group_size
     token = (chunk * LANES + tl.arange(0, LANES)) * STEPS
     out = ((batch * chunks + chunk) * channels + row).to(tl.int64)
-    tl.store(spans + out, tl.sum(span, 1), mask=valid)
+    tl.store(spans + out, span, mask=valid)
     weight += (batch * groups + group).to(tl.int64) * N * length
     for n in range(N):
         rate = tl.load(A + row * N + n, mask=valid, other=0.0).to(tl.float32) * LOG2_E
@@ -277,35 +297,37 @@ def _carry_kernel(
     channels,
     N,
     chunks,
-    REVERSE: tl.constexpr,
+    batches,
+    reversed_sets,
     WIDTH: tl.constexpr,
     DEPTH: tl.constexpr,
 ):
-    """The state that enters each chunk but the first (REVERSE: the gradient, but the last).
+    """The state that enters each chunk but the first in the walk's order.
 
-    ends (batch, chunks, channels, N) -> states (batch, chunks - 1, channels, N).
+    ends (sets, batches, chunks, channels, N) -> states (sets, batches, chunks - 1, channels, N);
+    A (sets, channels, N). A set walks from the last chunk if its bit is set in reversed_sets.
     """
     index = tl.program_id(0) * WIDTH + tl.arange(0, WIDTH)  # channel · N + n
     valid = index < channels * N
-    batch = tl.program_id(1).to(tl.int64)
+    sequence = tl.program_id(1)
+    is_reversed = (reversed_sets >> (sequence // batches)) & 1
+    A += sequence // batches * channels * N
+    sequence = sequence.to(tl.int64)
     rate = tl.load(A + index, mask=valid, other=0.0).to(tl.float32) * LOG2_E
     carry = tl.zeros([WIDTH], tl.float32)
     depth = tl.arange(0, DEPTH)[:, None]
     for first in range(0, chunks, DEPTH):
         position = first + depth
         inside = (position < chunks) & valid[None, :]
-        chunk = position
-        border = position
-        if REVERSE:
-            chunk = chunks - 1 - position
-            border = chunk - 1
-        span_at = (batch * chunks + chunk) * channels + (index // N)[None, :]
-        end_at = (batch * chunks + chunk) * channels * N + index[None, :]
+        chunk = position + is_reversed * (chunks - 1 - 2 * position)
+        border = chunk - is_reversed
+        span_at = (sequence * chunks + chunk) * channels + (index // N)[None, :]
+        end_at = (sequence * chunks + chunk) * channels * N + index[None, :]
         decay = tl.exp2(tl.load(spans + span_at, mask=inside, other=0.0) * rate[None, :])
         end = tl.load(ends + end_at, mask=inside, other=0.0)
         decay, end = tl.associative_scan((decay, end), 0, _then)
         state = decay * carry[None, :] + end
-        state_at = (batch * (chunks - 1) + border) * channels * N + index[None, :]
+        state_at = (sequence * (chunks - 1) + border) * channels * N + index[None, :]
         tl.store(states + state_at, state, mask=inside & (position < chunks - 1))
         carry = tl.sum(tl.where(depth == DEPTH - 1, state, 0.0), 0)
 
@@ -390,9 +412,9 @@ def _output_kernel(
             c = _load(C + matrix_at, token * 0, token, length, token < length, STEPS)
             decay = tl.exp2(dt * rate[:, None, None])
             x = inputs * b[None]
-            end = _lane_ends(decay, x, False)
+            end = _lane_ends(decay, x, False, False)
             entering, leaving = _join_lanes(tl.exp2(span * rate[:, None]), end, carry, False)
-            inherited, state = _states(decay, x, entering)
+            inherited, state = _states(decay, x, entering, False)
             out += state * c[None]
             if STREAM:
                 left = border + (lane + 1) * STEPS // CHUNK
@@ -496,13 +518,17 @@ def _gradient_kernel(
             lane_decay = tl.exp2(span * (a * LOG2_E)[:, None])
 
             x = inputs * b[None]
-            entering, leaving = _join_lanes(lane_decay, _lane_ends(decay, x, False), carry, False)
-            inherited, state = _states(decay, x, entering)
+            entering, leaving = _join_lanes(
+                lane_decay, _lane_ends(decay, x, False, False), carry, False
+            )
+            inherited, state = _states(decay, x, entering, False)
             for_c = _sum_rows(state * dy, WARPS)
 
             x = dy * c[None]
-            entering, leaving = _join_lanes(lane_decay, _lane_ends(decay, x, True), late, True)
-            grad_state = _state_gradients(decay, x, entering)
+            entering, leaving = _join_lanes(
+                lane_decay, _lane_ends(decay, x, True, True), late, True
+            )
+            grad_state = _state_gradients(decay, x, entering, True)
             for_b = _sum_rows(grad_state * inputs, WARPS)
 
             grad_inputs += grad_state * b[None]

@@ -52,7 +52,19 @@ def ss2d_scan(
         return ss2d_scan_reference(*arguments)
     if backend == "native":
         return ss2d_scan_native(*arguments)
+    if backend == "triton":
+        return _triton()(*arguments)
     return ss2d_scan_composed(*arguments, backend)
+
+
+def _triton():
+    try:
+        from models.ops.ss2d_scan.triton import ss2d_scan_triton
+    except ImportError as error:
+        raise RuntimeError(
+            "scan backend 'triton' needs the package triton, which comes with PyTorch on Linux"
+        ) from error
+    return ss2d_scan_triton
 
 
 def _check(

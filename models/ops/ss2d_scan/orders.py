@@ -8,11 +8,17 @@ from torch import Tensor
 
 @functools.lru_cache(maxsize=64)
 def scan_orders(
-    height: int, width: int, scan: str, window: int, device: torch.device
+    height: int,
+    width: int,
+    scan: str,
+    window: int,
+    device: torch.device,
+    dtype: torch.dtype = torch.int64,
 ) -> tuple[Tensor, Tensor]:
     """For each direction the pixel that step l visits, and the step that visits pixel p; (4, L)."""
     with torch.inference_mode(False):  # kept for training, even if evaluation comes first
-        return _make_permutations(height, width, scan, window, device)
+        order, back = _make_permutations(height, width, scan, window, device)
+        return order.to(dtype), back.to(dtype)
 
 
 def _make_permutations(
