@@ -418,7 +418,6 @@ def _from_orders_kernel(x, steps, out, length, rows, ROWS: tl.constexpr, TOKENS:
     step = tl.load(steps + pixel, mask=pixel < length, other=0)[None, :]
     total = tl.load(x + start + step, mask=valid).to(tl.float32)
     step = tl.load(steps + length + pixel, mask=pixel < length, other=0)[None, :]
-    start += rows.to(tl.int64) * length
-    total += tl.load(x + start + step, mask=valid).to(tl.float32)
-    start = row.to(tl.int64) * length
+    second = (row + rows).to(tl.int64) * length
+    total += tl.load(x + second + step, mask=valid).to(tl.float32)
     tl.store(out + start + pixel[None, :], total.to(out.dtype.element_ty), mask=valid)

@@ -41,9 +41,9 @@ class _Tuning(NamedTuple):
 
 
 _GPU = _Tuning(
-    ends=_Shape(1, 32, 16, 1),
-    output=_Shape(1, 32, 16, 1),
-    gradient=_Shape(4, 32, 16, 4),
+    ends=_Shape(2, 32, 8, 1),
+    output=_Shape(2, 32, 8, 1),
+    gradient=_Shape(8, 32, 8, 4),
     stream_programs=1584,
     gradient_programs=1056,
     carry=(64, 16),

@@ -1,0 +1,62 @@
+"""The Triton kernels compile for a GPU, on a machine without one.
+
+The interpreter takes what the compiler refuses: a size of 1, which becomes a constant without
+tensor methods, or a constant assigned twice.
+"""
+
+import os
+
+import pytest
+
+triton = pytest.importorskip("triton", reason="triton is not installed here")
+compiler = pytest.importorskip("triton.backends.compiler", reason="this triton is too old")
+
+from models.ops.selective_scan import kernels as rows  # noqa: E402
+from models.ops.ss2d_scan import kernels as maps  # noqa: E402
+
+pytestmark = pytest.mark.skipif(
+    os.environ.get("TRITON_INTERPRET") == "1" or not hasattr(compiler, "GPUTarget"),
+    reason="this triton does not compile for an absent GPU",
+)
+
+SIZES = {"length", "channels", "groups", "R", "N", "chunks", "blocks", "batches", "splits", "rows"}
+SIZES |= {"reversed_sets"}
+INDICES = {"pixels", "steps"}
+FLOAT32 = {"A", "ends", "spans", "states", "gradients", "grad_rows"}  # whatever the inputs are
+TILE = {"ROWS": 2, "LANES": 32, "STEPS": 2}
+CASES = [
+    (rows._chunk_ends_kernel, {"SOFTPLUS": True, "REVERSE": True, **TILE}),
+    (rows._carry_kernel, {"WIDTH": 64, "DEPTH": 16}),
+    (rows._output_kernel, {"STREAM": True, "SOFTPLUS": True, "CHUNK": 64, **TILE}),
+    (rows._output_kernel, {"STREAM": False, "SOFTPLUS": False, "CHUNK": 64, **TILE}),
+    (rows._gradient_kernel, {"SOFTPLUS": True, "WARPS": 1, **TILE}),
+    (maps._map_ends_kernel, {"GRADIENT": True, **TILE}),
+    (maps._map_output_kernel, {"STREAM": True, **TILE}),
+    (maps._map_output_kernel, {"STREAM": False, **TILE}),
+    (maps._map_gradient_kernel, {"WARPS": 1, **TILE}),
+    (maps._to_orders_kernel, {"ROWS": 4, "TOKENS": 128}),
+    (maps._from_orders_kernel, {"ROWS": 4, "TOKENS": 128}),
+]
+
+
+def name_of(case):
+    return "-".join([case[0].__name__, *(k for k, v in case[1].items() if v is True)])
+
+
+@pytest.mark.parametrize("are_one", [False, True], ids=["sizes", "ones"])
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+@pytest.mark.parametrize("case", CASES, ids=name_of)
+def test_compiles(case, dtype, are_one, tmp_path, monkeypatch):
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    kernel, constants = case
+    constants = constants | {name: 1 for name in kernel.arg_names if are_one and name in SIZES}
+    kinds = {}
+    for name in kernel.arg_names:
+        pointer = "*i32" if name in INDICES else "*fp32" if name in FLOAT32 else f"*{dtype}"
+        kind = "i32" if name in SIZES else pointer
+        kinds[name] = "constexpr" if name in constants else kind
+    indices = {(kernel.arg_names.index(name),): value for name, value in constants.items()}
+    source = triton.compiler.ASTSource(fn=kernel, signature=kinds, constexprs=indices)
+    target = compiler.GPUTarget("cuda", 90, 32)
+    compiled = triton.compile(source, target=target, options={"num_warps": 1})
+    assert len(compiled.asm["cubin"]) > 0
