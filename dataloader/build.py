@@ -1,30 +1,27 @@
 """From a config to loaders: which images make which batch on which rank, and the workers."""
 
-import itertools
 import logging
 import multiprocessing
 import os
 import signal
 import sys
 import threading
+from collections import deque
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from multiprocessing import resource_tracker
 
 import cv2
 import torch
-from torch.utils.data import DataLoader, Sampler, default_collate
+from torch.utils.data import DataLoader, Sampler
 
 from configs import Config
-from dataloader.dataset import (
-    Sample,
-    SampleKey,
-    SegmentationPairs,
-    read_names,
-    seeded_generator,
-)
+from dataloader.dataset import SampleKey, SegmentationPairs, read_names, seeded_generator
+from dataloader.packing import PackedBatch, Packer, Sample, unpack
 from dataloader.transforms import RandomScaleCropMirror
 from utils.errors import InputError
+
+_PREFETCHED = 2  # batches that each worker is ahead
 
 
 class EpochSampler(Sampler[list[SampleKey]]):
@@ -91,8 +88,8 @@ class PairLoader(DataLoader):
             pairs,
             batch_sampler=batches,
             num_workers=num_workers,
-            collate_fn=_collate,
-            pin_memory=torch.cuda.is_available(),
+            prefetch_factor=_PREFETCHED if num_workers else None,
+            collate_fn=Packer(_PREFETCHED + 1),
             worker_init_fn=_prepare_worker,
             generator=torch.Generator(),  # else each epoch draws from the global one
             persistent_workers=keep_workers and num_workers > 0,
@@ -100,9 +97,23 @@ class PairLoader(DataLoader):
 
     def __iter__(self) -> Iterator[Sample]:
         if self.num_workers == 0:
-            return _unpack(super().__iter__())
+            return self._unpack(super().__iter__())
         with _group_signals_blocked():
-            return _unpack(super().__iter__())
+            return self._unpack(super().__iter__())
+
+    def _unpack(self, packed: Iterable[list[PackedBatch | InputError]]) -> Iterator[Sample]:
+        """Each batch is read before the next is asked for, when its worker may overwrite it."""
+        is_pinned = torch.cuda.is_available()
+        mapped = deque(maxlen=self.num_workers * (_PREFETCHED + 1))  # else mapped in each time
+        for batches in packed:
+            if isinstance(batches[0], InputError):
+                raise batches.pop()  # a name here would keep it, and the workers, in a cycle
+            mapped.append(batches)
+            modalities = self.dataset.config.modalities
+            yield from [
+                Sample(*unpack(planes, modalities, is_pinned=is_pinned), names)
+                for planes, names in batches
+            ]
 
 
 def build_train_loader(config: Config, *, rank: int = 0, world_size: int = 1) -> PairLoader:
@@ -143,22 +154,6 @@ def build_eval_loader(
     size = batch_size or config.eval.batch_size
     batches = [keys[start : start + size] for start in range(0, len(keys), size)]
     return PairLoader(pairs, batches, keep_workers=config.data.cache == "ram")
-
-
-def _collate(samples: list[Sample | InputError]) -> list[Sample | InputError]:
-    """Batches of neighbours of one size, or the error that took their place."""
-    if isinstance(samples[0], InputError):
-        return samples
-    groups = itertools.groupby(samples, key=lambda sample: sample.label.shape)
-    batches = [default_collate(list(group)) for _, group in groups]
-    return [batch._replace(name=list(batch.name)) for batch in batches]
-
-
-def _unpack(collated: Iterable[list[Sample | InputError]]) -> Iterator[Sample]:
-    for group in collated:
-        if isinstance(group[0], InputError):
-            raise group.pop()  # a name here would keep it, and so the workers, alive in a cycle
-        yield from group
 
 
 @contextmanager

@@ -8,26 +8,16 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from torch import Tensor
 from torch.utils.data import Dataset
 
 from configs.schema import DataConfig
+from dataloader.packing import NamedPair, Sample, pack, unpack
 from dataloader.transforms import Pair, Transform
 from utils.errors import InputError
 from utils.image import UNKNOWN_LABEL, read_label, read_rgb, read_thermal
 
 IMAGE_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff"})
 _SHOWN_NAMES = 10  # of a long list in an error
-
-
-class Sample(NamedTuple):
-    """One pair as the network takes it; a batch is the same with B in front."""
-
-    rgb: Tensor  # (3, H, W) float32 in [0, 1]
-    thermal: Tensor  # (3, H, W) float32 in [0, 1], three equal channels
-    label: Tensor  # (H, W) int64, 255 = ignored
-    valid: Tensor  # (H, W) bool, False where padded
-    name: str  # the stem; in a batch a list of them
 
 
 class SampleKey(NamedTuple):
@@ -86,21 +76,25 @@ class SegmentationPairs(Dataset[Sample]):
 
     def __getitem__(self, key: SampleKey | int) -> Sample:
         """One sample; a plain index means epoch 0."""
-        epoch, index = key if isinstance(key, tuple) else (0, key)
-        pair = self._read(index)
-        if self.transform is not None:
-            pair = self.transform(pair, seeded_generator(self.seed, epoch, index))
-        return self._to_sample(pair, self.names[index])
+        pair, name = self._transformed(key)
+        return Sample(*unpack(pack(pair), self.config.modalities), name)
 
-    def __getitems__(self, keys: Sequence[SampleKey | int]) -> list[Sample | InputError]:
-        """A batch's samples, for DataLoader; an InputError comes as a value, in their place.
+    def __getitems__(self, keys: Sequence[SampleKey | int]) -> list[NamedPair | InputError]:
+        """A batch's pairs, for PairLoader; an InputError comes as a value, in their place.
 
         DataLoader would raise one from a worker with the worker's traceback as its message.
         """
         try:
-            return [self[key] for key in keys]
+            return [self._transformed(key) for key in keys]
         except InputError as error:
             return [error]
+
+    def _transformed(self, key: SampleKey | int) -> NamedPair:
+        epoch, index = key if isinstance(key, tuple) else (0, key)
+        pair = self._read(index)
+        if self.transform is not None:
+            pair = self.transform(pair, seeded_generator(self.seed, epoch, index))
+        return NamedPair(pair, self.names[index])
 
     def _read(self, index: int) -> Pair:
         pair = self._cache.get(index)
@@ -109,17 +103,6 @@ class SegmentationPairs(Dataset[Sample]):
             if self.config.cache == "ram":
                 self._cache[index] = pair
         return pair
-
-    def _to_sample(self, pair: Pair, name: str) -> Sample:
-        rgb = _to_unit_range(pair.rgb.transpose(2, 0, 1))
-        thermal = _to_unit_range(pair.thermal[None]).expand(3, -1, -1)
-        if self.config.modalities == "rgb":
-            thermal = torch.full_like(rgb, 0.5)
-        elif self.config.modalities == "thermal":
-            rgb = torch.full_like(rgb, 0.5)
-        label = torch.from_numpy(pair.label.astype(np.int64))
-        valid = torch.from_numpy(pair.valid.astype(bool))
-        return Sample(rgb, thermal.contiguous(), label, valid, name)
 
 
 def read_names(config: DataConfig, split: str) -> list[str]:
@@ -224,11 +207,6 @@ def seeded_generator(*numbers: int) -> torch.Generator:
     """A generator whose draws follow from the numbers, each 0 or more, alone."""
     state = np.random.SeedSequence(numbers).generate_state(1)
     return torch.Generator().manual_seed(int(state[0]))
-
-
-def _to_unit_range(image: np.ndarray) -> Tensor:
-    """(C, H, W) uint8 -> float32 in [0, 1]."""
-    return torch.from_numpy(np.ascontiguousarray(image)).float().div_(255)
 
 
 def _to_stem(line: str) -> str:

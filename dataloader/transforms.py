@@ -61,7 +61,7 @@ class RandomScaleCropMirror:
         for image, interpolation, padding in zip(pair, _INTERPOLATION, _PADDING, strict=True):
             shown = _resize(image[rows, columns], (shown_height, shown_width), interpolation)
             if is_mirrored:
-                shown = shown[:, ::-1]
+                shown = cv2.flip(shown, 1)  # far faster than copying a view in steps of -1
             results.append(_pad(shown, self.crop, padding))
         return Pair(*results)
 
