@@ -31,6 +31,7 @@ import torch
 from configs import Config, load_config
 from dataloader.build import build_eval_loader, build_train_loader
 from dataloader.check import refuse_bad_lists
+from dataloader.preview import augmentation_sheet
 from engine.state import starting_point
 from engine.trainer import fit
 from models import build_model
@@ -83,6 +84,8 @@ def train(arguments: argparse.Namespace, config: Config, folder: RunFolder) -> i
     train_loader = build_train_loader(config, **ranks)
     refuse_bad_lists(config.data)
     model = build_model(config, from_checkpoint=resume_from is not None)
+    is_shown = is_main_process()
+    pictures = {"augmentation": augmentation_sheet(train_loader.dataset)} if is_shown else {}
     stopped_by = fit(
         config,
         model,
@@ -91,6 +94,7 @@ def train(arguments: argparse.Namespace, config: Config, folder: RunFolder) -> i
         folder=folder,
         devices=devices,
         resume_from=resume_from,
+        pictures=pictures,
     )
     shutdown()
     return 128 + stopped_by if stopped_by else 0

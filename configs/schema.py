@@ -126,6 +126,23 @@ class TrainConfig(_Section):
     log_every: PositiveInt  # steps
 
 
+class AugmentConfig(_Section):
+    """Stronger augmentation, after scale, crop and mirror; older checkpoints do not have it."""
+
+    probability: Annotated[float, Field(ge=0, le=1)] = 0  # of each of the groups below; 0 = off
+    rotation: Annotated[float, Field(ge=0, le=180)] = 0  # of the pair, degrees to either side
+    shear: Annotated[float, Field(ge=0, lt=90)] = 0  # of the pair, degrees to either side
+    brightness: Annotated[float, Field(ge=0, le=1)] = 0  # of rgb, a factor of 1 - x to 1 + x
+    contrast: Annotated[float, Field(ge=0, le=1)] = 0  # of rgb, a factor, too
+    saturation: Annotated[float, Field(ge=0, le=1)] = 0  # of rgb, a factor, too
+    hue: Annotated[float, Field(ge=0, le=0.5)] = 0  # of rgb, turns of the colour circle
+    blur: Annotated[float, Field(ge=0, le=20)] = 0  # of rgb, largest sigma in pixels
+    thermal_gain: Annotated[float, Field(ge=0, le=1)] = 0  # a factor of 1 - x to 1 + x
+    thermal_offset: Annotated[float, Field(ge=0, le=1)] = 0  # of the whole range, up or down
+    thermal_noise: Annotated[float, Field(ge=0, le=1)] = 0  # largest deviation, of the whole range
+    cutmix: Annotated[float, Field(ge=0, le=1)] = 0  # of samples that get a box of another pair
+
+
 class LossConfig(_Section):
     """Weights of the joint loss (method, Sec. 7) and the brightening of its targets."""
 
@@ -159,6 +176,7 @@ class Config(_Section):
     data: DataConfig
     model: ModelConfig
     train: TrainConfig
+    augment: AugmentConfig = AugmentConfig()
     loss: LossConfig
     eval: EvalConfig
 

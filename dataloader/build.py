@@ -16,12 +16,14 @@ import torch
 from torch.utils.data import DataLoader, Sampler
 
 from configs import Config
+from dataloader.augment import StrongAugmentation
 from dataloader.dataset import SampleKey, SegmentationPairs, read_names, seeded_generator
 from dataloader.packing import PackedBatch, Packer, Sample, unpack
-from dataloader.transforms import RandomScaleCropMirror
+from dataloader.transforms import InTurn, RandomScaleCropMirror
 from utils.errors import InputError
 
 _PREFETCHED = 2  # batches that each worker is ahead
+_MOST_MAPPED = 32 * 2**20  # bytes; glibc keeps no larger blocks at hand
 
 
 class EpochSampler(Sampler[list[SampleKey]]):
@@ -105,6 +107,7 @@ class PairLoader(DataLoader):
         """Each batch is read before the next is asked for, when its worker may overwrite it."""
         is_pinned = torch.cuda.is_available()
         mapped = deque(maxlen=self.num_workers * (_PREFETCHED + 1))  # else mapped in each time
+        _keep_freed_memory()
         for batches in packed:
             if isinstance(batches[0], InputError):
                 raise batches.pop()  # a name here would keep it, and the workers, in a cycle
@@ -124,10 +127,20 @@ def build_train_loader(config: Config, *, rank: int = 0, world_size: int = 1) ->
             checkpoint must not be chosen on other images.
     """
     read_names(config.data, "val")
-    transform = RandomScaleCropMirror(
-        config.train.crop, config.train.scales, use_mirror=config.train.mirror
+    transforms = [
+        RandomScaleCropMirror(
+            config.train.crop, config.train.scales, use_mirror=config.train.mirror
+        )
+    ]
+    if config.augment.probability > 0:
+        transforms.append(StrongAugmentation(config.augment))
+    pairs = SegmentationPairs(
+        config.data,
+        "train",
+        InTurn(transforms),
+        seed=config.seed,
+        cutmix=config.augment.cutmix,
     )
-    pairs = SegmentationPairs(config.data, "train", transform, seed=config.seed)
     sampler = EpochSampler(
         len(pairs), config.train.batch_size, seed=config.seed, rank=rank, world_size=world_size
     )
@@ -154,6 +167,14 @@ def build_eval_loader(
     size = batch_size or config.eval.batch_size
     batches = [keys[start : start + size] for start in range(0, len(keys), size)]
     return PairLoader(pairs, batches, keep_workers=config.data.cache == "ram")
+
+
+def _keep_freed_memory() -> None:
+    """Have the C library keep what freed batches leave, which it judges by what it saw freed.
+
+    Memory that is new to the process costs several times the conversion that fills it.
+    """
+    torch.empty(_MOST_MAPPED - 2**16, dtype=torch.uint8)  # never touched: this costs nothing
 
 
 @contextmanager

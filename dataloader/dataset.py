@@ -11,6 +11,7 @@ import torch
 from torch.utils.data import Dataset
 
 from configs.schema import DataConfig
+from dataloader.augment import paste_box
 from dataloader.packing import NamedPair, Sample, pack, unpack
 from dataloader.transforms import Pair, Transform
 from utils.errors import InputError
@@ -45,6 +46,8 @@ class SegmentationPairs(Dataset[Sample]):
         split: name of a list, such as "train", "val", "test" or "test_day".
         transform: applied with a generator seeded by (seed, epoch, index), so that a sample is
             the same in every process; None leaves the pair as it is.
+        cutmix: share of the samples that get a box of another pair of the split, drawn by the
+            same generator; with a transform that gives one size.
         need_labels: False allows a set without a label folder; its labels are all 255.
     Raises:
         InputError: a missing folder, list or file, a bad list; on access a bad image or label.
@@ -57,10 +60,12 @@ class SegmentationPairs(Dataset[Sample]):
         transform: Transform | None = None,
         *,
         seed: int = 0,
+        cutmix: float = 0.0,
         need_labels: bool = True,
     ) -> None:
         self.config = config
         self.transform = transform
+        self.cutmix = cutmix
         self.seed = seed
         self.names = read_names(config, split)
         self.files = find_files(config, self.names, need_labels=need_labels)
@@ -76,7 +81,7 @@ class SegmentationPairs(Dataset[Sample]):
 
     def __getitem__(self, key: SampleKey | int) -> Sample:
         """One sample; a plain index means epoch 0."""
-        pair, name = self._transformed(key)
+        pair, name = self.transformed(key)
         return Sample(*unpack(pack(pair), self.config.modalities), name)
 
     def __getitems__(self, keys: Sequence[SampleKey | int]) -> list[NamedPair | InputError]:
@@ -85,18 +90,24 @@ class SegmentationPairs(Dataset[Sample]):
         DataLoader would raise one from a worker with the worker's traceback as its message.
         """
         try:
-            return [self._transformed(key) for key in keys]
+            return [self.transformed(key) for key in keys]
         except InputError as error:
             return [error]
 
-    def _transformed(self, key: SampleKey | int) -> NamedPair:
+    def transformed(self, key: SampleKey | int) -> NamedPair:
+        """One pair before it becomes numbers; a plain index means epoch 0."""
         epoch, index = key if isinstance(key, tuple) else (0, key)
-        pair = self._read(index)
+        pair = self.read(index)
         if self.transform is not None:
-            pair = self.transform(pair, seeded_generator(self.seed, epoch, index))
+            generator = seeded_generator(self.seed, epoch, index)
+            pair = self.transform(pair, generator)
+            if self.cutmix > torch.rand((), generator=generator):
+                other = self.read(int(torch.randint(len(self), (), generator=generator)))
+                pair = paste_box(pair, self.transform(other, generator), generator)
         return NamedPair(pair, self.names[index])
 
-    def _read(self, index: int) -> Pair:
+    def read(self, index: int) -> Pair:
+        """One pair as it is stored."""
         pair = self._cache.get(index)
         if pair is None:
             pair = read_pair(self.files[index], self.config)

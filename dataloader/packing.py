@@ -12,6 +12,7 @@ import cv2
 import numpy as np
 import torch
 from torch import Tensor
+from torch.utils.data import get_worker_info
 
 from dataloader.transforms import Pair
 from utils.errors import InputError
@@ -73,7 +74,8 @@ class Packer:
         index = self._calls % len(self._blocks)
         self._calls += 1
         if len(self._blocks[index]) < size:
-            self._blocks[index] = torch.empty(size, dtype=torch.uint8).share_memory_()
+            block = torch.empty(size, dtype=torch.uint8)
+            self._blocks[index] = block.share_memory_() if get_worker_info() else block
         return self._blocks[index]
 
 

@@ -19,7 +19,7 @@ class Pair(NamedTuple):
     valid: np.ndarray  # (H, W) uint8, 1 = a pixel of the image, 0 = padding
 
 
-_PADDING = Pair(rgb=0, thermal=0, label=UNKNOWN_LABEL, valid=0)
+PADDING = Pair(rgb=0, thermal=0, label=UNKNOWN_LABEL, valid=0)
 # Exact, because plain INTER_NEAREST is half a pixel off from where INTER_LINEAR samples.
 _INTERPOLATION = Pair(
     rgb=cv2.INTER_LINEAR,
@@ -58,12 +58,24 @@ class RandomScaleCropMirror:
         rows, columns = slice(top, top + source_height), slice(left, left + source_width)
         is_mirrored = self.use_mirror and mirror_at < 0.5
         results = []
-        for image, interpolation, padding in zip(pair, _INTERPOLATION, _PADDING, strict=True):
+        for image, interpolation, padding in zip(pair, _INTERPOLATION, PADDING, strict=True):
             shown = _resize(image[rows, columns], (shown_height, shown_width), interpolation)
             if is_mirrored:
                 shown = cv2.flip(shown, 1)  # far faster than copying a view in steps of -1
             results.append(_pad(shown, self.crop, padding))
         return Pair(*results)
+
+
+class InTurn:
+    """Several transforms as one, all drawing from the same generator."""
+
+    def __init__(self, transforms: Sequence[Transform]) -> None:
+        self.transforms = tuple(transforms)
+
+    def __call__(self, pair: Pair, generator: torch.Generator) -> Pair:
+        for transform in self.transforms:
+            pair = transform(pair, generator)
+        return pair
 
 
 def _choose_window(length: int, crop: int, scale: float, at: float) -> tuple[int, int, int]:

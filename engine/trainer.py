@@ -4,8 +4,10 @@ import json
 import logging
 import signal
 import time
+from collections.abc import Mapping
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch.utils.data import DataLoader
 
@@ -49,12 +51,15 @@ def fit(
     folder: RunFolder,
     devices: Devices,
     resume_from: Path | None = None,
+    pictures: Mapping[str, np.ndarray] | None = None,
 ) -> int:
     """Train to the end of the schedule, or until SIGINT or SIGTERM.
 
     epoch-last.pth is written at the end of an epoch, before its validation, where the last one is
     train.save_every_s old; at a stop; and at the end.
 
+    Args:
+        pictures: (H, W, 3) uint8 by TensorBoard name, shown at the beginning.
     Returns:
         0, or the number of the signal that stopped the run, its exact state in epoch-last.pth.
     Raises:
@@ -76,6 +81,7 @@ def fit(
     feed = Feed(train_loader, devices.device)
     saved_at = time.monotonic()
     with report, StopRequest() as stop:
+        report.pictures(pictures or {}, step=state.step)
         while True:
             with explained_out_of_memory(config, devices.device):
                 stopped = train_epoch(state, feed, config, stop, report)

@@ -7,10 +7,16 @@ import sys
 import time
 from pathlib import Path
 
+import cv2
+import numpy as np
 import pytest
 import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import train
+from configs import load_config
+from dataloader.build import build_train_loader
+from dataloader.preview import augmentation_sheet
 from engine.checkpoint import load_checkpoint, select_checkpoints
 from utils.cli import run_main
 from utils.run_folder import RunFolder
@@ -159,3 +165,14 @@ def test_one_run_from_nothing_leaves_what_eval_looks_for(run_train, arguments, t
         "checkpoint", "tb", "train_output.log", "config.yaml", "environment.json", "metrics.jsonl",
         ".lock",
     }  # fmt: skip
+
+
+def test_the_augmentation_is_drawn_in_tensorboard(run_train, arguments, tmp_path):
+    strong = ["augment.probability=1.0", "augment.cutmix=1.0", "train.max_steps=1"]
+    assert run_train(*arguments, *strong)[0] == 0
+    events = EventAccumulator(str(tmp_path / "Demo" / "exp" / "tb")).Reload()
+    (sheet,) = events.Images("augmentation")
+    assert sheet.step == 0
+    pixels = cv2.imdecode(np.frombuffer(sheet.encoded_image_string, np.uint8), cv2.IMREAD_COLOR)
+    pairs = build_train_loader(load_config("demo", [*arguments[5:], *strong])).dataset
+    np.testing.assert_array_equal(pixels[..., ::-1], augmentation_sheet(pairs))

@@ -212,6 +212,13 @@ class RunReport:
         self._bar.set_postfix_str(shown, refresh=False)
         self._bar.update(step - self._bar.n)
 
+    def pictures(self, pictures: Mapping[str, np.ndarray], *, step: int) -> None:
+        """Show pictures, (H, W, 3) uint8 by TensorBoard name."""
+        if not self._is_enabled:
+            return
+        for name, picture in pictures.items():
+            self._tensorboard.image(name, picture, step)
+
     def validation(
         self,
         scores: Mapping[str, float | None],
@@ -229,8 +236,7 @@ class RunReport:
         if not self._is_enabled:
             return
         self._tensorboard.scalars(scores, step)
-        for name, picture in pictures.items():
-            self._tensorboard.image(name, picture, step)
+        self.pictures(pictures, step=step)
         for name, values in histograms.items():
             self._tensorboard.histogram(name, values, step)
 

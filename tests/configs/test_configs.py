@@ -127,6 +127,19 @@ def test_text_prior_path_holds_the_dataset_s_name():
     assert load_config("demo").text_prior == "orthogonal"
 
 
+def test_checkpoints_from_before_the_stronger_augmentation_still_load():
+    tree = load_config("mfnet").model_dump(mode="json")
+    del tree["augment"]
+    config = Config.model_validate(tree)
+    assert set(config.augment.model_dump().values()) == {0}
+
+
+@pytest.mark.parametrize("override", ["augment.hue=0.6", "augment.cutmix=1.5", "augment.blur=-1"])
+def test_augmentation_has_ranges(override):
+    with pytest.raises(ConfigError, match=override.partition("=")[0]):
+        load_config("mfnet", [override])
+
+
 def _attributes_read_outside_configs() -> set[str]:
     names = set()
     for path in ROOT.rglob("*.py"):

@@ -4,6 +4,7 @@ import multiprocessing
 import signal
 import subprocess
 import sys
+import time
 
 import numpy as np
 import pytest
@@ -14,6 +15,14 @@ from dataloader.build import EpochSampler, build_eval_loader, build_train_loader
 from dataloader.dataset import Sample
 from utils.errors import InputError
 from utils.image import write_png
+
+STRONG = (
+    "augment.probability=0.7",
+    "augment.rotation=10",
+    "augment.hue=0.1",
+    "augment.blur=1.0",
+    "augment.cutmix=0.5",
+)
 
 
 @pytest.fixture
@@ -192,20 +201,92 @@ def test_epochs_and_seeds_show_other_crops(small_set):
 
 
 @pytest.mark.parametrize("cache", ["none", "ram"])
-def test_workers_change_nothing(small_set, cache):
+@pytest.mark.parametrize("num_workers", [1, 2])
+def test_workers_change_nothing(small_set, num_workers, cache):
     """Workers persist, and still get to know each epoch."""
-    alone = build_train_loader(config_of(small_set))
-    helped = build_train_loader(config_of(small_set, "data.num_workers=2", f"data.cache={cache}"))
+    alone = build_train_loader(config_of(small_set, *STRONG))
+    helped = build_train_loader(
+        config_of(small_set, f"data.num_workers={num_workers}", f"data.cache={cache}", *STRONG)
+    )
     for epoch in (0, 3, 1):
         assert_same(epoch_of(helped, epoch), epoch_of(alone, epoch))
     assert helped.persistent_workers
 
 
 def test_spawned_workers_change_nothing(small_set):
-    expected = epoch_of(build_train_loader(config_of(small_set)), 2)
-    loader = build_train_loader(config_of(small_set, "data.num_workers=1"))
+    settings = ("train.batch_size=1", *STRONG)
+    expected = epoch_of(build_train_loader(config_of(small_set, *settings)), 2)
+    loader = build_train_loader(config_of(small_set, "data.num_workers=1", *settings))
     loader.multiprocessing_context = "spawn"
     assert_same(epoch_of(loader, 2), expected)
+
+
+@pytest.mark.parametrize("num_workers", [1, 2])
+def test_batches_are_read_before_a_worker_fills_their_memory_anew(small_set, num_workers):
+    """Workers have all the time to run ahead, as far as they may, and batches are kept."""
+    settings = ("train.batch_size=1", f"data.num_workers={num_workers}", "data.cache=ram")
+    loader = build_train_loader(config_of(small_set, *settings))
+    alone = build_train_loader(config_of(small_set, "train.batch_size=1"))
+    for epoch in range(3):
+        loader.batch_sampler.set_epoch(epoch)
+        kept = []
+        for batch in loader:
+            kept.append(batch)
+            time.sleep(0.02)
+        assert_same(kept, epoch_of(alone, epoch))
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_a_sample_is_the_same_for_every_number_of_ranks(small_set, num_workers):
+    """CutMix, too: its partner comes from the whole split, not from the batch."""
+    settings = ("train.batch_size=6", f"data.num_workers={num_workers}", *STRONG)
+    (whole,) = epoch_of(build_train_loader(config_of(small_set, *settings)), 0)
+    samples = {
+        name: rgb
+        for rank in range(2)
+        for batch in epoch_of(
+            build_train_loader(config_of(small_set, *settings), rank=rank, world_size=2), 0
+        )
+        for name, rgb in zip(batch.name, batch.rgb, strict=True)
+    }
+    assert samples.keys() == set(whole.name)
+    for name, rgb in zip(whole.name, whole.rgb, strict=True):
+        assert torch.equal(samples[name], rgb)
+
+
+def test_strong_augmentation_is_off_unless_asked_for(small_set):
+    def images(*settings):
+        return epoch_of(build_train_loader(config_of(small_set, *settings)), 0)[0]
+
+    plain = images()
+    assert_same([images("augment.brightness=1.0", "augment.thermal_noise=1.0")], [plain])
+    strong = images("augment.probability=1.0", "augment.rotation=0")
+    assert not torch.equal(strong.rgb, plain.rgb)
+    assert not torch.equal(strong.thermal, plain.thermal)
+    assert torch.equal(strong.label, plain.label)  # the same crops
+    mixed = images("augment.cutmix=1.0")
+    boxes = (mixed.label != plain.label).flatten(1).sum(1)
+    assert (boxes > 0).any()
+    for index in range(2):
+        outside = (mixed.rgb[index] == plain.rgb[index]).all(0)
+        assert (mixed.label[index] == plain.label[index])[outside].float().mean() > 0.9
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="pinned memory needs CUDA")
+def test_pinned_batches_hold_the_same(small_set):
+    """And a copy to the GPU that is still under way is not overtaken by the next batches."""
+    loader = build_train_loader(config_of(small_set, "train.batch_size=1", "data.num_workers=2"))
+    on_gpu, on_cpu = [], []
+    for batch in loader:
+        assert all(part.is_pinned() for part in batch[:4])
+        torch.cuda._sleep(10**7)
+        on_gpu.append([part.to("cuda", non_blocking=True) for part in batch[:4]])
+        on_cpu.append([part.clone() for part in batch[:4]])
+        del batch
+    for parts, expected in zip(on_gpu, on_cpu, strict=True):
+        for part, other in zip(parts, expected, strict=True):
+            assert torch.equal(part.cpu(), other)
 
 
 @pytest.mark.parametrize("num_workers", [0, 2])
