@@ -79,6 +79,7 @@ def measure(arguments: argparse.Namespace, settings: list[str]) -> None:
         for name, more in {
             "loader": [],
             "loader, data.cache=ram": ["data.cache=ram"],
+            "loader, augment.probability=0.5": ["augment.probability=0.5"],
         }.items()
     }
     with multiprocessing.Pool(arguments.workers, cv2.setNumThreads, (0,)) as pool:

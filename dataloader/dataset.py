@@ -139,7 +139,9 @@ def read_split(folder: Path, split: str) -> list[str]:
     """
     path = folder / f"{split}.txt"
     if not path.is_file():
-        if split == "val":
+        if split == "val" and not (folder / "train.txt").is_file():
+            way_out = "nor does train.txt, to take it from: this set can be tested on, not trained"
+        elif split == "val":
             command = f"tools/prepare_dataset.py --val-fraction 0.1 custom {folder}"
             way_out = f"divide train.txt with {command}"
         else:

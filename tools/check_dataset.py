@@ -137,15 +137,16 @@ def _classes_as_found(folder: Path, overrides: list[str]) -> tuple[DataConfig, s
     """A data section with as many classes as the labels' largest value asks for."""
     base = load_config("mfnet", [f"data.dataset_path={folder}", *overrides]).data
     labels = folder / base.label_folder
-    count = 2
+    count, origin = 2, "a set of its own without labels"
     if labels.is_dir():
         values = merge_values(_read_values(labels))
         count = max([1, *values.indices]) + 1
+        origin = f"a set of its own with the {count} classes that its labels hold"
     names = ["background", *(f"class {index}" for index in range(1, count))]
     data, _ = custom_config(folder, names, distinct_colors(count))
     folders = ("rgb_folder", "thermal_folder", "label_folder")
     data = data.model_copy(update={name: getattr(base, name) for name in folders})
-    return data, f"a set of its own with the {count} classes that its labels hold"
+    return data, origin
 
 
 def _read_values(labels: Path) -> Iterator[LabelValues]:

@@ -172,8 +172,10 @@ def test_list_that_is_no_text(root):
 
 def test_missing_list_names_the_way_out(root):
     (root / "val.txt").unlink()
-    (root / "train.txt").unlink()
     with raises(r"val\.txt does not exist; .*tools/prepare_dataset\.py --val-fraction"):
+        pairs(root, split="val")
+    (root / "train.txt").unlink()
+    with raises(r"val\.txt does not exist; nor does train\.txt, .* not trained"):
         pairs(root, split="val")
     with raises(r"train\.txt does not exist; it lists"):
         pairs(root)
@@ -322,8 +324,15 @@ def test_real_sets(shared_data, name):
         assert is_grey == (name == "CWFID")
 
 
-@pytest.mark.parametrize("name", ["MFNet_mini", "PST900_mini", "RoadScene"])
-def test_real_sets_without_val_show_the_error(shared_data, name):
+@pytest.mark.parametrize(
+    ("name", "way_out"),
+    [
+        ("MFNet_mini", "--val-fraction"),
+        ("PST900_mini", "--val-fraction"),
+        ("RoadScene", "not trained"),
+    ],
+)
+def test_real_sets_without_val_show_the_error(shared_data, name, way_out):
     config = load_config("mfnet", [f"data.dataset_path={shared_data / name}"])
-    with raises(r"val\.txt does not exist; .*--val-fraction"):
+    with raises(rf"val\.txt does not exist; .*{way_out}"):
         SegmentationPairs(config.data, "val")

@@ -247,6 +247,9 @@ def test_a_set_without_labels(root, capsys):
     shutil.rmtree(root / "Label")
     (root / "val.txt").unlink()
     expect(root, capsys)
+    folder = root.rename(root.with_name("Mine"))
+    assert check(folder)
+    assert "a set of its own without labels" in capsys.readouterr().out
 
 
 def test_which_config_a_folder_gets(root, tmp_path, capsys):
