@@ -1,6 +1,7 @@
 """train.py from its arguments to its exit code."""
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -104,6 +105,20 @@ def test_a_pair_that_trains_and_validates_is_refused(run_train, arguments, tmp_p
     outcome = run_train(*arguments, f"data.dataset_path={data}")
     assert_one_error_line(outcome, "leakage: 2 names are in train.txt and in val.txt")
     assert not list(tmp_path.rglob("*.pth"))
+
+
+def test_a_file_that_is_cut_short_in_mid_training_names_itself(run_train, arguments, tmp_path):
+    """In a worker, in an epoch after the first checkpoint, which stays whole."""
+    source, data = Path(arguments[5].partition("=")[2]), tmp_path / "data"
+    shutil.copytree(source, data)
+    stem = (data / "train.txt").read_text().split()[-1]  # not drawn in the preview at the start
+    path = data / "Modal" / f"{stem}.png"
+    settings = (f"data.dataset_path={data}", "data.num_workers=2", "train.save_every_s=0")
+    assert run_train(*arguments, *settings, "train.max_steps=4")[0] == 0
+    path.write_bytes(path.read_bytes()[:-600])
+    outcome = run_train(*arguments, *settings, "train.max_steps=8", "--resume")
+    assert_one_error_line(outcome, str(path), "cut short")
+    assert load_checkpoint(tmp_path / "Demo" / "exp" / "checkpoint" / "epoch-last.pth").step == 4
 
 
 def test_help_is_the_manual(run_train):
