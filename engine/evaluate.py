@@ -61,7 +61,7 @@ def evaluate_segmentation(
     """
     whole, parts = "", dict(groups or {})
     matrices = {
-        name: ConfusionMatrix(config.data.num_classes).to(device) for name in (whole, *parts)
+        name: ConfusionMatrix(config.data.num_classes, device=device) for name in (whole, *parts)
     }
     names: list[str] = []
     alone: dict[str, ConfusionMatrix] = {}
@@ -73,7 +73,7 @@ def evaluate_segmentation(
             if rows:
                 matrices[part].update(segmentation[rows], label[rows])
         for row, name in enumerate(batch.name if by_image else ()):
-            alone[name] = ConfusionMatrix(config.data.num_classes).to(device)
+            alone[name] = ConfusionMatrix(config.data.num_classes, device=device)
             alone[name].update(segmentation[row], label[row])
         names += batch.name
         if on_prediction is not None:

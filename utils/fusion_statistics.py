@@ -62,11 +62,12 @@ def mean_squared_error(images: Tensor) -> Tensor:
 def covariances(images: Tensor) -> Tensor:
     """Covariance matrix of thermal, rgb and fused over the pixels: (B, 3, 3).
 
-    About the first pixel, so that a constant image has exactly none.
+    About the first pixel, so that a constant image has exactly none. Row by row, because a single
+    product over all pixels is too long and narrow to fill a GPU.
     """
-    centred = (images - images[..., :1, :1]).flatten(2).transpose(0, 1).double()
-    mean = centred.mean(-1)
-    moments = centred @ centred.transpose(1, 2) / centred.shape[-1]
+    rows = (images - images[..., :1, :1]).permute(1, 2, 0, 3).double()  # (B, H, 3, W)
+    mean = rows.mean((1, 3))
+    moments = (rows @ rows.mT).mean(1) / rows.shape[-1]
     return moments - mean[:, :, None] * mean[:, None, :]
 
 

@@ -8,10 +8,12 @@ import numpy as np
 import pytest
 import torch
 from skimage.metrics import structural_similarity
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torchmetrics.functional.image import multiscale_structural_similarity_index_measure
 
+from utils import fusion_measures
 from utils.fusion_measures import gaussian_window, smooth
-from utils.fusion_metrics import IMAGES_AT_ONCE, METRICS, PROTOCOLS, fusion_metrics
+from utils.fusion_metrics import METRICS, PIXELS_AT_ONCE, PROTOCOLS, fusion_metrics
 
 NAMES = {"EN", "SD", "SF", "AG", "MI", "CC", "SCD", "PSNR", "MSE", "VIF", "Qabf", "SSIM"}
 # The cddfuse program computes in float32, its SSIM of small variances too; here edges and AG do.
@@ -82,7 +84,7 @@ def test_names(protocol):
 @pytest.mark.parametrize("at_once", [1, 2, 16])
 @pytest.mark.parametrize("protocol", PROTOCOLS)
 def test_batch_equals_singles(protocol, at_once, monkeypatch):
-    monkeypatch.setitem(IMAGES_AT_ONCE, "cpu", at_once)
+    monkeypatch.setitem(PIXELS_AT_ONCE, "cpu", at_once * 176 * 180)
     rgb, thermal, fused = (
         torch.cat([image(seed + 10 * k, channels) for seed in range(3)])
         for k, channels in enumerate((3, 1, 3))
@@ -223,6 +225,39 @@ def test_smooth_is_a_convolution(hw, step):
     kernel = weights[:, None] * weights
     expected = torch.nn.functional.conv2d(x.flatten(0, 1)[:, None], kernel[None, None], stride=step)
     torch.testing.assert_close(smooth(x, window, step), expected[:, 0].unflatten(0, (2, 3)))
+    on_gpu = fusion_measures._depthwise(x.flatten(0, 1), window, step)
+    torch.testing.assert_close(on_gpu, expected[:, 0])
+
+
+@pytest.mark.parametrize("protocol", PROTOCOLS)
+def test_no_step_waits_for_a_gpu(protocol):
+    """Tensors without values tell: whoever asks for one raises. The GPU need not be there."""
+    fusion_measures._weights.cache_clear()
+    with FakeTensorMode():
+        images = (torch.zeros(2, c, 176, 180, dtype=torch.uint8, device="cuda") for c in (3, 1, 3))
+        found = fusion_metrics(*images, protocol=protocol)
+    fusion_measures._weights.cache_clear()  # they hold no values either
+    assert all(x.shape == (2,) and x.device.type == "cuda" for x in found.values())
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("protocol", PROTOCOLS)
+def test_a_gpu_gives_the_numbers_of_the_cpu(protocol):
+    images = [
+        torch.cat([image(3 * seed + k, channels) for seed in range(3)])
+        for k, channels in enumerate((3, 1, 3))
+    ]
+    expected = fusion_metrics(*images, protocol=protocol)
+    on_gpu = [x.cuda() for x in images]
+    found = fusion_metrics(*on_gpu, protocol=protocol)
+    for name, values in expected.items():
+        assert found[name].tolist() == pytest.approx(values.tolist(), rel=1e-6), name
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        fusion_metrics(*on_gpu, protocol=protocol)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
 
 
 @pytest.mark.parametrize("protocol", PROTOCOLS)
