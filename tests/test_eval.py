@@ -271,6 +271,7 @@ def test_16_bits_are_of_the_same_image_and_the_same_metrics(run, demo_dataset, m
         metrics.append(read_json(folder / "vision.json")["mean"])
     assert [image.dtype for image in images] == [np.uint8, np.uint16]
     assert (np.rint(images[1] / 257) == images[0]).all()
+    assert (read_rgb(folder / "fused" / f"{name}.png") == images[0][..., ::-1]).all()
     assert metrics[0] == metrics[1]
 
 

@@ -105,7 +105,7 @@ def check_alone(page: Page) -> None:
 
 
 def test_segmentation(segmentation):
-    text = segmentation_report(segmentation, CONFIG.data.palette, [row("b")], [row("a")])
+    text = segmentation_report(segmentation, [row("b")], [row("a")])
     page = Page(text)
     check_alone(page)
     for part in (
@@ -132,6 +132,7 @@ def test_fusion(fusion):
     page = Page(fusion_report(fusion, "Qabf", [row("b")], [row("a")]))
     check_alone(page)
     assert page.classes.count("histogram") == 3
+    assert page.classes.count("key") == 2 * len(NAMES), "colours of the maps, above each group"
     for part in ("Highest Qabf", "Lowest Qabf", "Protocol cddfuse", "CC (1 undefined)"):
         assert part in page.text, part
     assert page.cells[:8] == [
@@ -141,7 +142,7 @@ def test_fusion(fusion):
 
 
 def test_large_pictures_are_scaled_and_maps_keep_their_colours(segmentation):
-    text = segmentation_report(segmentation, CONFIG.data.palette, [row("b", width=1000)], [])
+    text = segmentation_report(segmentation, [row("b", width=1000)], [])
     truth = Page(text).pictures["truth of b"]
     assert truth.shape == (19, 320, 3)
     colors = {tuple(color) for color in truth.reshape(-1, 3).tolist()}
@@ -169,7 +170,7 @@ def test_a_browser_draws_it(segmentation, browser, tmp_path):
     """Of the page's picture: the colours of the class map, the bars, the matrix's diagonal."""
     path, picture = tmp_path / "report.html", tmp_path / "page.png"
     path.write_text(
-        segmentation_report(segmentation, CONFIG.data.palette, [row("b")], [row("a")]),
+        segmentation_report(segmentation, [row("b")], [row("a")]),
         encoding="utf-8",
     )
     browser(path, f"--screenshot={picture}")
