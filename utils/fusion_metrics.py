@@ -35,9 +35,8 @@ def fusion_metrics(
         rgb, thermal, fused: uint8 (B, 3 or 1, H, W), all of one size, on one device; H, W >= 2.
         protocol: a name of PROTOCOLS.
     Returns:
-        Metric name to (B,) float64; NaN where a metric has no value: a correlation with a constant
-        image, or an image too small for the scales of VIF (min(H, W) < 41) or MS-SSIM (< 176, in
-        "tang" < 41).
+        Metric name to (B,) float64; NaN only where an image is too small for the scales of VIF
+        (min(H, W) < 41), MS-SSIM (< 176, in "tang" < 41) or the 7x7 box of SSIM in "cddfuse".
     Raises:
         ValueError: another dtype or shape, or an unknown protocol.
     """

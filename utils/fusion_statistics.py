@@ -72,7 +72,10 @@ def covariances(images: Tensor) -> Tensor:
 
 
 def correlation(covariance: Tensor, first: Factors, second: Factors) -> Tensor:
-    """Pearson's correlation of two sums of the images; NaN where one of them is constant.
+    """Pearson's correlation of two sums of the images; 0 where one of them is constant.
+
+    The formula has no value there (published programs give NaN, which spoils the mean of a set); a
+    constant tells nothing of another image, and nothing added by fusion is no part of a source.
 
     Args:
         covariance: (B, 3, 3), of covariances().
@@ -84,7 +87,7 @@ def correlation(covariance: Tensor, first: Factors, second: Factors) -> Tensor:
     is_constant = (variances[0] <= least[0]) | (variances[1] <= least[1])
     scale = variances[0].clamp_min(0).sqrt() * variances[1].clamp_min(0).sqrt()
     value = _covariance_of_sums(covariance, first, second) / scale
-    return value.clamp(-1, 1).masked_fill(is_constant, math.nan)
+    return value.clamp(-1, 1).masked_fill(is_constant, 0)
 
 
 def correlation_with_sources(covariance: Tensor) -> Tensor:

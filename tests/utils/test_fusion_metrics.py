@@ -140,15 +140,16 @@ def test_more_noise_scores_lower():
 
 @pytest.mark.parametrize("protocol", PROTOCOLS)
 @pytest.mark.parametrize("value", [0, 128, 255])
-def test_constant_images_have_no_value_only_where_a_formula_has_none(protocol, value):
-    flat = constant(value)
-    for images in ((flat, flat, flat), (image(0), image(1), flat), (flat, flat, image(0))):
+def test_constant_images_have_finite_scores(protocol, value):
+    flat, a, b = constant(value), image(0), image(1)
+    for images in ((flat, flat, flat), (a, b, flat), (flat, flat, a), (flat, a, a), (a, flat, b)):
         found = fusion_metrics(*images, protocol=protocol)
-        undefined = {name for name, score in found.items() if not score.isfinite().all()}
-        assert undefined <= {"CC", "SCD"}, undefined
-        assert not any(score.isinf().any() for score in found.values())
-    assert found["EN"].item() > 0
-    assert fusion_metrics(flat, flat, flat, protocol=protocol)["EN"].item() == 0
+        assert all(score.isfinite().all() for score in found.values()), found
+        if images[2] is flat:
+            assert found["EN"].item() == found["SD"].item() == found["CC"].item() == 0
+    for images in ((flat, a, a), (a, flat, a)):  # half of its sources tell nothing of it
+        found = fusion_metrics(*images, protocol=protocol)
+        assert found["CC"].item() == pytest.approx(0.5)
 
 
 @pytest.mark.parametrize("protocol", PROTOCOLS)
@@ -275,11 +276,12 @@ def test_scores_stay_in_their_ranges(protocol):
 
 @pytest.mark.parametrize("protocol", PROTOCOLS)
 def test_a_fused_image_that_differs_from_a_source_by_a_constant(protocol):
-    """Nothing was added to that source, so SCD has no value; CC is defined."""
+    """Nothing was added to that source, which leaves the other half of SCD."""
     rgb, thermal = image(0, 3) // 2, image(1)
-    found = fusion_metrics(rgb, thermal, rgb + 7, protocol=protocol)
-    assert math.isnan(found["SCD"].item())
-    assert math.isfinite(found["CC"].item())
+    found = fusion_metrics(rgb, thermal, rgb + 7, protocol=protocol)["SCD"].item()
+    levels = cv2.cvtColor(rgb[0].permute(1, 2, 0).numpy(), cv2.COLOR_RGB2GRAY).astype(float)
+    added = levels - as_array(thermal)
+    assert found == pytest.approx(np.corrcoef(added.ravel(), levels.ravel())[0, 1], abs=1e-3)
 
 
 def test_ms_ssim_is_torchmetrics_s():
