@@ -146,7 +146,7 @@ def score(
         extremes = draw_extremes(
             model, loader.dataset, config, devices.device, scores=ious, metric="mIoU"
         )
-        page = segmentation_report(result, config.data.palette, *extremes)
+        page = segmentation_report(result, *extremes)
         write_text(target / "report.html", page)
         write_text(target / "table.md", segmentation_table(result))
         write_json(file, result)

@@ -1,18 +1,21 @@
 """The fusion metrics against the plain Python way of the field.
 
     python benchmarks/metrics.py                    # 2 threads, the sizes of the results file
-    python benchmarks/metrics.py --device cuda --batches 16
+    python benchmarks/metrics.py --device cuda
 
 All metrics of each protocol on 480x640 images, RGB sources and RGB fused, milliseconds an image,
-best of the repeats (other work on the machine only ever adds time), all taking turns. "plain" has
-the cddfuse metrics one image at a time with NumPy, SciPy, scikit-image and scikit-learn, written
-down formula by formula, as published evaluators do it; its values are compared with ours.
+best of the repeats (other work on the machine only ever adds time), all taking turns. Images lie on
+the device; a run ends when it has finished. "plain" has the cddfuse metrics one image at a time
+with NumPy, SciPy, scikit-image and scikit-learn on the CPU, written down formula by formula, as
+published evaluators do it; its values are compared with ours, and a GPU's with the CPU's.
 """
 
 import argparse
 import math
+import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from pathlib import Path
 
 import cv2
 import numpy as np
@@ -21,6 +24,9 @@ from scipy.signal import convolve2d
 from skimage.metrics import structural_similarity
 from sklearn.metrics import mutual_info_score
 from torch import Tensor
+
+if __name__ == "__main__":  # started as a file: the project's packages lie one folder up
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from utils.environment import environment_info
 from utils.fusion_metrics import PROTOCOLS, fusion_metrics
@@ -39,7 +45,7 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     device = torch.device(arguments.device)
-    print(f"machine: {environment_info()}, {arguments.threads} threads, {device}\n")
+    print(f"machine: {environment_info()}, {arguments.threads} CPU threads\n")
 
     images = make_images(max(arguments.batches))
     grey = [opencv_grey(image[0]) for image in images]
@@ -55,11 +61,16 @@ def main() -> None:
             run()
             ms = 1e3 * (time.perf_counter() - start) / batch
             best[name, batch] = min(best[name, batch], ms)
-    print("| metrics | batch | ms an image | times as fast as plain |")
-    print("|---|---|---|---|")
+    print("| metrics | device | batch | ms an image | times as fast as plain |")
+    print("|---|---|---|---|---|")
     for (name, batch), ms in best.items():
-        print(f"| {name} | {batch} | {ms:.2f} | {best['plain cddfuse', 1] / ms:.1f} |")
+        where = "CPU" if name.startswith("plain") else name_of(device)
+        print(f"| {name} | {where} | {batch} | {ms:.2f} | {best['plain cddfuse', 1] / ms:.1f} |")
     compare(grey, [image[:1] for image in images])
+
+
+def name_of(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
 
 
 def scored(images: list[Tensor], protocol: str, device: torch.device) -> Callable[[], None]:
@@ -74,11 +85,24 @@ def scored(images: list[Tensor], protocol: str, device: torch.device) -> Callabl
 
 
 def compare(grey: list[np.ndarray], images: list[Tensor]) -> None:
-    """Print how far the two ways are apart; they must measure the same."""
-    plain, ours = plain_metrics(*grey), fusion_metrics(*images, protocol="cddfuse")
-    apart = {name: abs(ours[name].item() / value - 1) for name, value in plain.items()}
+    """Print how far the ways are apart; they must measure the same."""
+    plain = plain_metrics(*grey)
+    print()
+    for protocol in PROTOCOLS:
+        ours = fusion_metrics(*images, protocol=protocol)
+        if protocol == "cddfuse":
+            print_largest_difference("plain", protocol, plain, ours)
+        if images[0].device.type != "cpu":
+            on_cpu = fusion_metrics(*(image.cpu() for image in images), protocol=protocol)
+            print_largest_difference("the CPU", protocol, on_cpu, ours)
+
+
+def print_largest_difference(
+    other: str, protocol: str, expected: Mapping[str, float], found: Mapping[str, float]
+) -> None:
+    apart = {name: abs(float(found[name]) / float(value) - 1) for name, value in expected.items()}
     worst = max(apart, key=apart.get)
-    print(f"\nlargest relative difference from plain: {apart[worst]:.1e} ({worst})")
+    print(f"{protocol}: largest relative difference from {other}: {apart[worst]:.1e} ({worst})")
 
 
 def make_images(count: int) -> list[Tensor]:

@@ -61,20 +61,20 @@ def evaluate_segmentation(
     """
     whole, parts = "", dict(groups or {})
     matrices = {
-        name: ConfusionMatrix(config.data.num_classes).to(device) for name in (whole, *parts)
+        name: ConfusionMatrix(config.data.num_classes, device=device) for name in (whole, *parts)
     }
     names: list[str] = []
     alone: dict[str, ConfusionMatrix] = {}
     for batch, prediction in _predictions(model, loader, config, device):
         segmentation, label = prediction.segmentation, batch.label.to(device, non_blocking=True)
         matrices[whole].update(segmentation, label)
-        for part, stems in parts.items():
-            rows = [row for row, name in enumerate(batch.name) if name in stems]
-            if rows:
-                matrices[part].update(segmentation[rows], label[rows])
-        for row, name in enumerate(batch.name if by_image else ()):
-            alone[name] = ConfusionMatrix(config.data.num_classes).to(device)
-            alone[name].update(segmentation[row], label[row])
+        for row, name in enumerate(batch.name):
+            counting = [matrices[part] for part, stems in parts.items() if name in stems]
+            if by_image:
+                alone[name] = ConfusionMatrix(config.data.num_classes, device=device)
+                counting.append(alone[name])
+            for matrix in counting:
+                matrix.update(segmentation[row], label[row])
         names += batch.name
         if on_prediction is not None:
             on_prediction(batch, prediction)

@@ -35,10 +35,7 @@ figcaption { color: #666; font-size: 12px; }
 
 
 def segmentation_report(
-    result: Mapping[str, Any],
-    palette: Sequence[Sequence[int]],
-    best: Sequence[PictureRow],
-    worst: Sequence[PictureRow],
+    result: Mapping[str, Any], best: Sequence[PictureRow], worst: Sequence[PictureRow]
 ) -> str:
     """The page of one eval.json: facts, classes, confusion, images' scores, best and worst."""
     header, rows = segmentation_rows(result)
@@ -51,7 +48,7 @@ def segmentation_report(
     return _page(
         f"Segmentation: {result['dataset']}, {result['split']}",
         _facts(facts_of(result) | {"SHA-256": result["checkpoint_sha256"]}),
-        _section("Scores", _table(header, rows), _legend(names, palette)),
+        _section("Scores", _table(header, rows), _legend(result)),
         _section(
             "Confusion",
             "<p>Percent of each true class's pixels; pixels without a label are left out.</p>",
@@ -84,8 +81,8 @@ def fusion_report(
             "Means", f"<p>Protocol {html.escape(result['protocol'])}.</p>", _table(header, [means])
         ),
         _section("Images", *charts),
-        _section(f"Lowest {ranked_by}", *map(_pictures, worst)),
-        _section(f"Highest {ranked_by}", *map(_pictures, best)),
+        _section(f"Lowest {ranked_by}", _legend(result), _ERROR_KEY, *map(_pictures, worst)),
+        _section(f"Highest {ranked_by}", _legend(result), _ERROR_KEY, *map(_pictures, best)),
         _section("Every image", f"<details><summary>table</summary>{table}</details>"),
         _config(result),
     )
@@ -133,11 +130,12 @@ def _config(result: Mapping[str, Any]) -> str:
     )
 
 
-def _legend(names: Sequence[str], palette: Sequence[Sequence[int]]) -> str:
+def _legend(result: Mapping[str, Any]) -> str:
     """The colours of the class maps."""
+    data = result["config"]["data"]
     keys = (
         f'<span class="key" style="background:rgb({r},{g},{b})"></span>{html.escape(name)} &ensp;'
-        for name, (r, g, b) in zip(names, palette, strict=True)
+        for name, (r, g, b) in zip(data["class_names"], data["palette"], strict=True)
     )
     return f"<p>{''.join(keys)}</p>"
 

@@ -271,6 +271,7 @@ def test_16_bits_are_of_the_same_image_and_the_same_metrics(run, demo_dataset, m
         metrics.append(read_json(folder / "vision.json")["mean"])
     assert [image.dtype for image in images] == [np.uint8, np.uint16]
     assert (np.rint(images[1] / 257) == images[0]).all()
+    assert (read_rgb(folder / "fused" / f"{name}.png") == images[0][..., ::-1]).all()
     assert metrics[0] == metrics[1]
 
 
@@ -385,6 +386,42 @@ def test_the_report_shows_the_best_and_the_worst_image(run, demo_dataset, monkey
         for title in ("rgb", "thermal", "fused", "prediction", "truth", "error"):
             assert page.count(f'alt="{title} of {name}"') == 1
     assert page.count("<img ") == page.count('src="data:image/') == 12
+
+
+def test_a_browser_shows_the_reports(run, demo_config, look_at, monkeypatch):
+    """Every part of each page is drawn and no other file is asked for; see the fixture look_at."""
+    for script in ("eval", "eval_vision"):
+        call(script, run, monkeypatch, "-e", "5-")
+    page = look_at(run.eval_folder("epoch-5") / "report.html")
+    result = read_json(run.eval_folder("epoch-5") / "eval.json")
+    names = list(result["by_image"])
+    titles = ("rgb", "thermal", "fused", "prediction", "truth", "error")
+    assert page["images"] == {f"{t} of {n}": [96, 64] for n in names for t in titles}
+    assert page["charts"] == ["confusion", "histogram", "histogram"]
+    assert not page["requests"]
+    assert not page["is_too_wide"]
+    classes = [f"IoU {name}" for name in demo_config.data.class_names]
+    for part in (
+        "Segmentation: Demo, test", "Scores", "Confusion", "Worst images", "Best images",
+        *classes, f"{100 * result['miou']:.2f}", result["checkpoint_sha256"],
+        result["git_commit"] or "unknown", result["protocol"], result["text_prior"],
+        *(f"{name} mIoU {row['miou']:.4f}" for name, row in result["by_image"].items()),
+    ):  # fmt: skip
+        assert part in page["text"], part
+
+    page = look_at(run.vision_folder("epoch-5") / "report.html")
+    result = read_json(run.vision_folder("epoch-5") / "vision.json")
+    assert page["charts"] == ["histogram"] * len(result["mean"])
+    assert len(page["images"]) == 12
+    assert all(page["images"].values())
+    assert not page["requests"]
+    for part in ("Protocol cddfuse", "Lowest Qabf", f"{result['mean']['EN']:.4f}"):
+        assert part in page["text"], part
+
+    for folder, charts in ((run.path / "eval", 2), (run.path / "vision", len(result["mean"]))):
+        page = look_at(folder / "summary.html")
+        assert page["charts"] == ["curves"] * charts
+        assert "by epoch" in page["title"]
 
 
 def test_the_score_of_an_image_is_its_own(run, demo_dataset, monkeypatch):

@@ -1,6 +1,7 @@
 """predict.py: files, folders and videos, odd sizes, windows, batches, and what it refuses."""
 
 import logging
+import re
 import sys
 from pathlib import Path
 
@@ -309,3 +310,24 @@ def test_pairs_that_cannot_be_are_refused(folders, tmp_path):
 @pytest.mark.parametrize("tile", [["16", "64"], ["64"]])
 def test_a_wrong_tile_is_refused(monkeypatch, capsys, folders, checkpoint, tmp_path, tile):
     refused(monkeypatch, capsys, *folders, checkpoint, tmp_path / "out", "--tile", *tile)
+
+
+def test_the_lines_of_the_readme(folders, checkpoint, capsys):
+    """They run, and print what the README shows, but for the numbers of another network."""
+    readme = (Path(__file__).resolve().parents[1] / "README.md").read_text(encoding="utf-8")
+    code, shown = re.search(
+        r"```python\n(from engine.*?)```\n+```text\n(.*?)```", readme, re.S
+    ).groups()
+    for text, path in (
+        ("experiment/Demo/exp/checkpoint/best.pth", checkpoint),
+        ("datasets/Demo/RGB/00280D.png", folders[0] / "c.png"),
+        ("datasets/Demo/Modal/00280D.png", folders[1] / "c.bmp"),
+    ):
+        assert text in code
+        code = code.replace(text, str(path))
+    exec(code, {})
+    printed = capsys.readouterr().out
+    assert "torch.Size([1, 3, 64, 96])" in printed
+    assert [line.split(":")[0] for line in printed.splitlines()[1:]] == [
+        line.split(":")[0] for line in shown.splitlines()[1:]
+    ]

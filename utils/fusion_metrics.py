@@ -21,7 +21,9 @@ from utils.exposure_similarity import exposure_similarity
 METRICS = ("EN", "SD", "SF", "AG", "MI", "MSE", "PSNR", "CC", "SCD", "VIF", "Qabf", "Nabf", "SSIM",
            "MS-SSIM")  # fmt: skip
 MATLAB_LUMA = (0.298936021293775, 0.587043074451121, 0.114020904255103)  # rgb2gray
-IMAGES_AT_ONCE = {"cpu": 1, "cuda": 16}  # what stays in a CPU's cache; what bounds GPU memory
+# Pixels of images that are scored together: a GPU's memory is the bound, about 2 GB; a CPU takes
+# image by image, which its cache likes.
+PIXELS_AT_ONCE = {"cpu": 1, "cuda": 2**23}
 
 
 def fusion_metrics(
@@ -33,9 +35,8 @@ def fusion_metrics(
         rgb, thermal, fused: uint8 (B, 3 or 1, H, W), all of one size, on one device; H, W >= 2.
         protocol: a name of PROTOCOLS.
     Returns:
-        Metric name to (B,) float64; NaN where a metric has no value: a correlation with a constant
-        image, or an image too small for the scales of VIF (min(H, W) < 41) or MS-SSIM (< 176, in
-        "tang" < 41).
+        Metric name to (B,) float64; NaN only where an image is too small for the scales of VIF
+        (min(H, W) < 41), MS-SSIM (< 176, in "tang" < 41) or the 7x7 box of SSIM in "cddfuse".
     Raises:
         ValueError: another dtype or shape, or an unknown protocol.
     """
@@ -43,7 +44,7 @@ def fusion_metrics(
         raise ValueError(f"unknown protocol '{protocol}'; known: {', '.join(PROTOCOLS)}")
     for name, image in (("rgb", rgb), ("thermal", thermal), ("fused", fused)):
         _check(name, image, rgb)
-    at_once = IMAGES_AT_ONCE.get(rgb.device.type, 1)
+    at_once = max(1, PIXELS_AT_ONCE.get(rgb.device.type, 1) // (rgb.shape[2] * rgb.shape[3]))
     parts = zip(*(x.split(at_once) for x in (rgb, thermal, fused)), strict=True)
     scores = [PROTOCOLS[protocol](*part) for part in parts]
     names = [name for name in METRICS if name in scores[0]]

@@ -62,16 +62,20 @@ def mean_squared_error(images: Tensor) -> Tensor:
 def covariances(images: Tensor) -> Tensor:
     """Covariance matrix of thermal, rgb and fused over the pixels: (B, 3, 3).
 
-    About the first pixel, so that a constant image has exactly none.
+    About the first pixel, so that a constant image has exactly none. Row by row, because a single
+    product over all pixels is too long and narrow to fill a GPU.
     """
-    centred = (images - images[..., :1, :1]).flatten(2).transpose(0, 1).double()
-    mean = centred.mean(-1)
-    moments = centred @ centred.transpose(1, 2) / centred.shape[-1]
+    rows = (images - images[..., :1, :1]).permute(1, 2, 0, 3).double()  # (B, H, 3, W)
+    mean = rows.mean((1, 3))
+    moments = (rows @ rows.mT).mean(1) / rows.shape[-1]
     return moments - mean[:, :, None] * mean[:, None, :]
 
 
 def correlation(covariance: Tensor, first: Factors, second: Factors) -> Tensor:
-    """Pearson's correlation of two sums of the images; NaN where one of them is constant.
+    """Pearson's correlation of two sums of the images; 0 where one of them is constant.
+
+    The formula has no value there (published programs give NaN, which spoils the mean of a set); a
+    constant tells nothing of another image, and nothing added by fusion is no part of a source.
 
     Args:
         covariance: (B, 3, 3), of covariances().
@@ -83,7 +87,7 @@ def correlation(covariance: Tensor, first: Factors, second: Factors) -> Tensor:
     is_constant = (variances[0] <= least[0]) | (variances[1] <= least[1])
     scale = variances[0].clamp_min(0).sqrt() * variances[1].clamp_min(0).sqrt()
     value = _covariance_of_sums(covariance, first, second) / scale
-    return value.clamp(-1, 1).masked_fill(is_constant, math.nan)
+    return value.clamp(-1, 1).masked_fill(is_constant, 0)
 
 
 def correlation_with_sources(covariance: Tensor) -> Tensor:

@@ -26,7 +26,7 @@ _GAP = 4  # pixels between the pictures of a sheet
 
 
 def read_rgb(path: str | Path) -> np.ndarray:
-    """Read a visible image: (H, W, 3) uint8, RGB; grey is repeated, 16 bits become the upper 8.
+    """Read a visible image: (H, W, 3) uint8, RGB; grey is repeated, 16 bits are rounded to 8.
 
     Pixels are taken as stored: an EXIF orientation is not applied, to keep pairs registered.
 
@@ -35,7 +35,7 @@ def read_rgb(path: str | Path) -> np.ndarray:
     """
     image = _drop_alpha(_decode(path), path)
     if image.dtype == np.uint16:
-        image = (image >> 8).astype(np.uint8)
+        image = np.rint(image / 257).astype(np.uint8)  # 65535 is 255; undoes to_uint16
     return cv2.cvtColor(image, cv2.COLOR_GRAY2RGB if image.ndim == 2 else cv2.COLOR_BGR2RGB)
 
 

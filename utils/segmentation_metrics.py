@@ -11,20 +11,23 @@ from utils.distributed import reduce_sum
 class ConfusionMatrix:
     """Counts of (label, prediction) pairs, kept on the device of the tensors it is given.
 
+    Nothing in update() waits for a GPU; a value outside the classes is then named where the counts
+    are read, by reduce() or compute(). On a CPU update() names it at once.
+
     Args:
         num_classes: classes 0 … num_classes - 1.
         ignore_index: label value that is not counted.
+        device: where the counts begin; they follow the tensors of update().
     """
 
-    def __init__(self, num_classes: int, ignore_index: int = 255) -> None:
+    def __init__(
+        self, num_classes: int, ignore_index: int = 255, *, device: torch.device | str = "cpu"
+    ) -> None:
         self.num_classes = num_classes
         self.ignore_index = ignore_index
-        self.counts = torch.zeros(num_classes, num_classes, dtype=torch.int64)
-
-    def to(self, device: torch.device | str) -> "ConfusionMatrix":
-        """Move the counts; update() does so by itself."""
-        self.counts = self.counts.to(device)
-        return self
+        self.counts = torch.zeros(num_classes, num_classes, dtype=torch.int64, device=device)
+        # least and greatest value seen: (2, 2), rows for label and prediction
+        self._extremes = torch.zeros(2, 2, dtype=torch.int64, device=device)
 
     def update(self, prediction: Tensor, label: Tensor) -> None:
         """Count the pixels of one batch; both (..., H, W) of any integer dtype.
@@ -36,19 +39,27 @@ class ConfusionMatrix:
             raise ValueError(
                 f"prediction {tuple(prediction.shape)} and label {tuple(label.shape)} differ"
             )
-        counted = label != self.ignore_index
-        label, prediction = label[counted].long(), prediction[counted].long()
-        for name, values in (("label", label), ("prediction", prediction)):
-            outside = values[(values < 0) | (values >= self.num_classes)]
-            if len(outside):
-                raise ValueError(
-                    f"{name} {outside[0].item()} is outside 0 … {self.num_classes - 1}"
-                )
-        pairs = torch.bincount(label * self.num_classes + prediction, minlength=self.num_classes**2)
-        self.counts = self.counts.to(pairs.device) + pairs.view_as(self.counts)
+        if label.numel() == 0:
+            return
+        self.counts = self.counts.to(label.device)
+        self._extremes = self._extremes.to(label.device)
+        is_counted = label != self.ignore_index
+        pairs = torch.stack([label.long(), prediction.long()]).masked_fill_(~is_counted, 0)
+        least, greatest = pairs.flatten(1).aminmax(dim=1)
+        self._extremes[:, 0] = torch.minimum(self._extremes[:, 0], least)
+        self._extremes[:, 1] = torch.maximum(self._extremes[:, 1], greatest)
+        if label.device.type == "cpu":
+            self._check_values()
+        labels, predictions = pairs.clamp_(0, self.num_classes - 1)
+        # A table for each row of pixels: on a GPU additions to one place wait for each other.
+        places = (labels * self.num_classes + predictions).view(-1, label.shape[-1])
+        tables = places.new_zeros(len(places), self.num_classes**2)
+        tables.scatter_add_(1, places, is_counted.reshape(places.shape).long())
+        self.counts += tables.sum(0).view_as(self.counts)
 
     def reduce(self) -> None:
-        """Sum the counts over all ranks, in place."""
+        """Sum the counts over all ranks, in place; raises what update() left open."""
+        self._check_values()
         reduce_sum(self.counts)
 
     def compute(self) -> dict[str, Any]:
@@ -57,7 +68,11 @@ class ConfusionMatrix:
         A class without a labelled pixel has no IoU and no accuracy and is left out of the means.
         Keys: class_iou, class_accuracy (lists in class order), miou, miou_without_background,
         mean_accuracy, pixel_accuracy, frequency_weighted_iou, classes_in_mean, confusion.
+
+        Raises:
+            ValueError: what update() left open.
         """
+        self._check_values()
         counts = self.counts.double().cpu()
         hits, labelled, predicted = counts.diag(), counts.sum(1), counts.sum(0)
         iou = hits / (labelled + predicted - hits)
@@ -79,6 +94,12 @@ class ConfusionMatrix:
             "classes_in_mean": int(is_defined.sum()),
             "confusion": self.counts.tolist(),
         }
+
+    def _check_values(self) -> None:
+        for name, extremes in zip(("label", "prediction"), self._extremes.tolist(), strict=True):
+            for value in extremes:
+                if not 0 <= value < self.num_classes:
+                    raise ValueError(f"{name} {value} is outside 0 … {self.num_classes - 1}")
 
 
 def _listed(values: Tensor, is_defined: Tensor) -> list[float | None]:

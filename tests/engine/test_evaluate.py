@@ -171,11 +171,12 @@ def test_fusion_metrics_are_those_of_the_written_bytes(protocol):
 
 
 def test_an_undefined_fusion_metric_is_none_and_left_out_of_the_mean():
-    """A correlation with an even image has no value."""
-    even = batch(constant(1), names="even")
-    stripes = constant(1)
-    stripes[:, ::3] = 4
-    found = evaluate_fusion(MODEL, [even, batch(stripes, names="striped")], CONFIG, CPU)
-    assert found["images"]["even"]["CC"] is None
-    assert found["mean"]["CC"] == found["images"]["striped"]["CC"]
-    assert found["images"]["even"]["EN"] is not None
+    """An image with a side below 41 is too small for the scales of VIF."""
+    small, large = torch.zeros(32, 48).long(), torch.zeros(48, 48).long()
+    for segmentation in (small, large):
+        segmentation[:, ::3] = 4
+    loader = [batch(small, names="small"), batch(large, names="large")]
+    found = evaluate_fusion(MODEL, loader, CONFIG, CPU)
+    assert found["images"]["small"]["VIF"] is None
+    assert found["mean"]["VIF"] == found["images"]["large"]["VIF"]
+    assert found["images"]["small"]["EN"] is not None

@@ -95,7 +95,7 @@ def test_rgb_of_a_grey_file_is_repeated(tmp_path):
 def test_rgb_of_16_bits(tmp_path):
     deep = noise(5, 6, 3, dtype=np.uint16)
     rgb = read_rgb(encode(tmp_path / "a.png", deep))
-    np.testing.assert_array_equal(rgb, deep[..., ::-1] // 256)
+    np.testing.assert_array_equal(rgb, np.rint(deep[..., ::-1] / 257))
 
 
 def test_jpeg_and_bmp_and_tiff(tmp_path):

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from sklearn.metrics import accuracy_score, confusion_matrix, jaccard_score, recall_score
+from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 from torchmetrics.classification import MulticlassJaccardIndex
 
 from utils.segmentation_metrics import ConfusionMatrix
@@ -108,6 +109,48 @@ def test_another_ignored_value_and_integer_types():
 def test_wrong_values_are_named(prediction, label, message):
     with pytest.raises(ValueError, match=message):
         ConfusionMatrix(3).update(torch.tensor(prediction), torch.tensor(label))
+
+
+def test_update_does_not_wait_for_a_gpu():
+    """Tensors without values tell: whoever asks for one raises. The GPU need not be there."""
+    with FakeTensorMode():
+        label = torch.zeros(2, 8, 9, dtype=torch.int64, device="cuda")
+        matrix = ConfusionMatrix(3)
+        matrix.update(label, label)
+        assert matrix.counts.device.type == "cuda"
+        with pytest.raises(DataDependentOutputException):
+            matrix.compute()
+
+
+@pytest.mark.parametrize("read", [ConfusionMatrix.reduce, ConfusionMatrix.compute])
+def test_a_wrong_value_is_named_when_the_counts_are_read(read, monkeypatch):
+    """Where update() does not look itself, as on a GPU; good batches after it do not hide it."""
+    check = ConfusionMatrix._check_values
+    monkeypatch.setattr(ConfusionMatrix, "_check_values", lambda _: None)
+    matrix = ConfusionMatrix(3)
+    matrix.update(torch.tensor([0, 1, 2]), torch.tensor([0, 9, 255]))
+    matrix.update(torch.tensor([0]), torch.tensor([0]))
+    monkeypatch.setattr(ConfusionMatrix, "_check_values", check)
+    with pytest.raises(ValueError, match="label 9 is outside 0 … 2"):
+        read(matrix)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_counts_of_a_gpu():
+    prediction, label = maps()
+    expected, found = ConfusionMatrix(5), ConfusionMatrix(5, device="cuda")
+    expected.update(prediction, label)
+    prediction, label = prediction.cuda(), label.cuda()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        found.update(prediction, label)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert found.compute() == expected.compute()
+    found.update(prediction + 5, label)
+    with pytest.raises(ValueError, match="prediction .* is outside 0 … 4"):
+        found.compute()
 
 
 def test_two_ranks_give_the_counts_of_both(tmp_path):
