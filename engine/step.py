@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from configs import Config
-from engine.losses import Batch, joint_loss
+from engine.losses import Batch, PixelCounts, count_pixels, joint_loss
 from engine.state import TrainingState
 from utils.distributed import gather_objects, largest, reduce_sum, world_size
 from utils.errors import InputError
@@ -56,10 +56,11 @@ def train_step(state: TrainingState, batch: NamedBatch, config: Config) -> StepR
     accumulation = config.train.accumulation
     buffers = _copies(state.model.buffers()) if config.train.max_bad_steps else []
     state.optimizer.zero_grad()
+    counts = mean_counts(batch, accumulation)
     results = []
     for index, part in enumerate(split_batch(batch, accumulation)):
         with _sharing_gradients(state.network, index == accumulation - 1):
-            parts = _losses(state, part, config)
+            parts = _losses(state, part, config, counts)
             total = parts["total"] / accumulation
             total = total * torch.where(total.isfinite(), 1.0, torch.nan)
             state.scaler.scale(total).backward()
@@ -78,6 +79,12 @@ def train_step(state: TrainingState, batch: NamedBatch, config: Config) -> StepR
         buffer.copy_(torch.where(is_bad, before, buffer))  # running statistics saw the bad numbers
     shares = torch.stack([share for _, share in results]).mean(0)
     return StepResult(state.step, batch.name, losses, shares, gradient_norm, is_bad)
+
+
+def mean_counts(batch: NamedBatch, accumulation: int) -> PixelCounts:
+    """Pixels of the whole step, over its parts on all ranks; every rank takes part."""
+    total = reduce_sum(torch.stack(count_pixels(batch)))
+    return PixelCounts(*(total / (world_size() * accumulation)))
 
 
 def split_batch(batch: NamedBatch, count: int) -> list[NamedBatch]:
@@ -129,11 +136,13 @@ def explained_out_of_memory(config: Config, device: torch.device) -> Iterator[No
         ) from error
 
 
-def _losses(state: TrainingState, batch: NamedBatch, config: Config) -> dict[str, Tensor]:
+def _losses(
+    state: TrainingState, batch: NamedBatch, config: Config, counts: PixelCounts
+) -> dict[str, Tensor]:
     dtype = _AUTOCAST_DTYPES[config.train.precision]
     with torch.autocast(batch.rgb.device.type, dtype=dtype, enabled=dtype is not None):
         output = state.network(batch.rgb, batch.thermal)
-    return joint_loss(output, batch, config.loss)
+    return joint_loss(output, batch, config.loss, counts)
 
 
 def _update(state: TrainingState, config: Config) -> tuple[Tensor, Tensor]:

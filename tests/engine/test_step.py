@@ -58,6 +58,8 @@ def batch_of(size: int) -> Pairs:
     images = torch.rand(2, size, 3, 8, 8, generator=generator)
     labels = torch.randint(CLASSES, (size, 8, 8), generator=generator)
     valid = torch.ones(size, 8, 8, dtype=torch.bool)
+    valid[0, 3:] = False  # images differ in padding and in unknown labels
+    labels[~valid] = labels[1, :, 2:] = 255
     return Pairs(*images, labels, valid, [f"image{i}" for i in range(size)])
 
 
