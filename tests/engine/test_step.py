@@ -10,10 +10,12 @@ import torch.distributed as dist
 from torch import nn
 
 from configs import load_config
+from engine import memory
 from engine import step as step_module
 from engine.losses import joint_loss
+from engine.memory import explained_full_evaluation, explained_out_of_memory
 from engine.state import TrainingState, build_state, check_batch
-from engine.step import explained_out_of_memory, split_batch, summarize, train_step
+from engine.step import split_batch, summarize, train_step
 from models import CMFSOutput
 from models.text_prior import TextPrior
 from utils.distributed import Devices
@@ -274,7 +276,7 @@ def test_a_full_gpu_names_what_filled_it_and_what_helps(monkeypatch):
         "train.batch_size=8", "train.accumulation=2", "train.crop=[480,640]", "train.precision=bf16"
     )
     monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: 23 * 2**30)
-    monkeypatch.setattr(step_module, "_total_memory", lambda device: 24 * 2**30)
+    monkeypatch.setattr(memory, "_total_memory", lambda device: 24 * 2**30)
     with pytest.raises(InputError) as error, explained_out_of_memory(config, CPU.device):
         raise torch.cuda.OutOfMemoryError("CUDA out of memory")
     text = str(error.value)
@@ -283,6 +285,11 @@ def test_a_full_gpu_names_what_filled_it_and_what_helps(monkeypatch):
         "train.accumulation=4", "train.crop",
     ):  # fmt: skip
         assert words in text
+    with (
+        pytest.raises(InputError, match=r"8 images of 480x640 .* eval.crop=\[240,320\]"),
+        explained_full_evaluation(8, (480, 640), CPU.device),
+    ):
+        raise torch.cuda.OutOfMemoryError("CUDA out of memory")
 
 
 def test_other_errors_pass_the_memory_guard():

@@ -15,7 +15,7 @@ from torch import nn
 
 from configs import Config, load_config
 from dataloader.build import build_eval_loader, build_train_loader
-from engine import step, trainer
+from engine import memory, step, trainer
 from engine.checkpoint import load_checkpoint
 from engine.state import starting_point
 from engine.trainer import fit
@@ -243,6 +243,32 @@ def test_the_weights_average_is_scored_kept_and_resumed(configure, monkeypatch):
     assert moved <= 1.1 * config.train.lr, "more than one step away from the trained weights"
 
 
+def test_a_signal_ends_a_validation_which_a_resumed_run_does_anew(configure, monkeypatch):
+    config = configure(
+        "train.max_steps=6", "train.val_every=1", "eval.batch_size=1", "train.save_every_s=1000"
+    )
+    run(config, "whole")
+    seen = []
+
+    def evaluate(model, loader, *_, **__):
+        for batch in loader:
+            seen.append(batch.name)
+            os.kill(os.getpid(), signal.SIGTERM)
+        return {"miou": 1.0, "class_iou": {}}
+
+    with monkeypatch.context() as patch:
+        patch.setattr(trainer, "evaluate_segmentation", evaluate)
+        assert run(config, "parts") == signal.SIGTERM
+    assert len(seen) == 1, "the rest of the split was scored after the signal"
+    folders = [RunFolder(config, exp) for exp in ("whole", "parts")]
+    assert load_checkpoint(folders[1].last_checkpoint).step == 4
+    assert not folders[1].best_checkpoint.exists(), "half a validation counts for nothing"
+    assert run(config, "parts", resume=True) == 0
+    for name in ("last_checkpoint", "best_checkpoint"):
+        expected, found = (load_checkpoint(getattr(folder, name)) for folder in folders)
+        assert_same(found._asdict(), expected._asdict())
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_ends_the_run_after_its_step(configure, monkeypatch, no_validation, number):
     config = configure("train.log_every=100")
@@ -346,7 +372,7 @@ def test_a_full_gpu_ends_the_run_with_its_numbers(configure, monkeypatch, no_val
 
     change_loss(monkeypatch, fill)
     monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: 2**30)
-    monkeypatch.setattr(step, "_total_memory", lambda device: 2**31)
+    monkeypatch.setattr(memory, "_total_memory", lambda device: 2**31)
     with pytest.raises(InputError, match="2 images of 32x32 .* peak 1.0 of 2.0 GiB"):
         run(configure())
 
@@ -480,6 +506,33 @@ def test_clipping_bounds_the_gradient(configure, monkeypatch, no_validation):
     assert norms[1] > 1e-2
 
 
+def test_a_norm_beyond_float32_does_no_harm(configure, monkeypatch, no_validation):
+    """Its square is infinite, every single gradient finite."""
+
+    def enlarge(now, parts):
+        if now == 2:
+            parts["total"].register_hook(lambda gradient: gradient * 1e25)
+
+    change_loss(monkeypatch, enlarge)
+    assert run(configure("train.max_steps=2")) == 0
+    assert run(configure("train.max_steps=2", "train.clip_grad_norm=1"), "clipped") == 0
+
+
+@pytest.mark.parametrize(
+    ("lr", "clip", "size", "is_warned"),
+    [
+        ("6.0e-5", "none", "tiny", False),
+        ("4.0e-4", "none", "tiny", True),
+        ("4.0e-4", "1.0", "tiny", False),
+        ("4.0e-3", "none", "demo", False),
+    ],
+)
+def test_a_large_rate_without_clipping_is_warned_of(caplog, lr, clip, size, is_warned):
+    overrides = [f"train.lr={lr}", f"train.clip_grad_norm={clip}", f"model.size={size}"]
+    trainer.warn_of_collapse(load_config("demo", overrides))
+    assert ("train.clip_grad_norm=1.0 guards" in caplog.text) == is_warned
+
+
 @pytest.mark.parametrize(
     ("precision", "build"), [("bf16", build_model), ("fp16", build_small)], ids=["bf16", "fp16"]
 )
@@ -522,6 +575,17 @@ def test_another_runs_folder_is_not_overwritten(configure, name):
     folder = touch_checkpoints(configure(), name)
     with pytest.raises(InputError, match="--resume, or begin another one with --exp NAME"):
         starting_point(folder, resume=False)
+
+
+def test_a_log_without_a_checkpoint_is_not_overwritten_unasked(configure):
+    folder = RunFolder(configure())
+    folder.path.mkdir(parents=True)
+    folder.metrics_file.write_text("")
+    assert starting_point(folder, resume=False) is None
+    folder.metrics_file.write_text('{"step": 10}\n')
+    with pytest.raises(InputError, match="log of a run that saved no checkpoint: .* --exp NAME"):
+        starting_point(folder, resume=False)
+    assert starting_point(folder, resume=True) is None
 
 
 def test_resume_needs_the_last_checkpoint(configure):
