@@ -204,7 +204,7 @@ def in_small_disk(size: str, disk: Path, command: list[str], then: str) -> tuple
     ids=["a checkpoint", "a log"],
 )  # fmt: skip
 def test_a_disk_that_fills_up_leaves_the_last_checkpoint(arguments, tmp_path, size, error, step):
-    """A real file system: the second save of 14 MB does not fit, or not even the first log lines do."""
+    """A real file system: the second save of 14 MB does not fit, or not the first log lines."""
     disk, kept = tmp_path / "disk", tmp_path / "kept"
     disk.mkdir()
     kept.mkdir()
