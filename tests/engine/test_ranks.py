@@ -58,6 +58,8 @@ def main():
     resume_from = starting_point(folder, resume=True)
     devices = setup_devices(device if device == "cpu" else None, None)
     (scratch / f"pid{devices.rank}of{devices.world_size}").write_text(str(os.getpid()))
+    while then == "goes on" and devices.world_size == 1 and not (scratch / "pid1of2").exists():
+        time.sleep(0.05)  # for the other host, which may be slow to come
     real, seen = step.joint_loss, []
 
     def joint_loss(*arguments):
@@ -132,6 +134,16 @@ def wait_for(path: Path, text: str, *processes: subprocess.Popen) -> None:
         time.sleep(0.05)
 
 
+def wait_for_port(port: int) -> None:
+    end = time.monotonic() + 60
+    while True:
+        with socket.socket() as probe:
+            if probe.connect_ex(("127.0.0.1", port)) == 0:
+                return
+        assert time.monotonic() < end, "nobody listens"
+        time.sleep(0.05)
+
+
 @pytest.mark.parametrize(
     ("then", "module", "error"),
     [
@@ -182,11 +194,12 @@ def test_a_host_that_is_lost_leaves_the_run_to_the_other(launch, tmp_path):
         f"--rdzv_endpoint=127.0.0.1:{port}",
         "--rdzv_conf=last_call_timeout=2,keep_alive_interval=1,keep_alive_max_attempt=2",
     ]
-    first = launch(*options, then="goes on", epochs=20)  # it holds the rendezvous
-    time.sleep(1)
+    first = launch(*options, then="goes on", epochs=20)
+    wait_for_port(port)  # the first holds the rendezvous
     second = launch(*options, then="goes on", epochs=20)
     config = load_config("demo", [f"experiment_path={tmp_path}"])
     folder = RunFolder(config)
+    wait_for(tmp_path / "pid1of2", "", first, second)
     wait_for(folder.metrics_file, '"step": 6,', first, second)
     workers = [int((tmp_path / f"pid{rank}of2").read_text()) for rank in range(2)]
     parents = {
