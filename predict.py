@@ -51,6 +51,7 @@ from engine.inference import (
     predict,
     use_tf32,
 )
+from engine.memory import explained_full_evaluation
 from engine.sinks import PictureSink, VideoSink
 from models import CMFS
 from utils.cli import common_parser, run_main
@@ -286,7 +287,8 @@ def process(pairs: list[Pair], model: CMFS, config: Config, device: torch.device
             raise InputError(f"{pair.source}: {error}") from error
     rgb, thermal = (torch.cat(images) for images in zip(*tensors, strict=True))
     try:
-        return predict(model, *withhold(rgb, thermal, config), **inference_options(config.eval))
+        with explained_full_evaluation(len(rgb), tuple(rgb.shape[-2:]), device):
+            return predict(model, *withhold(rgb, thermal, config), **inference_options(config.eval))
     except InputError as error:  # too small, so all of them are
         raise InputError(f"{pairs[0].source}: {error}") from error
 

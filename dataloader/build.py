@@ -6,6 +6,7 @@ import os
 import signal
 import sys
 import threading
+import warnings
 from collections import deque
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -86,6 +87,7 @@ class PairLoader(DataLoader):
         self, pairs: SegmentationPairs, batches: Iterable[list[SampleKey]], *, keep_workers: bool
     ) -> None:
         num_workers = pairs.config.num_workers
+        warnings.filterwarnings("ignore", message="This DataLoader will create .* worker processes")
         super().__init__(
             pairs,
             batch_sampler=batches,

@@ -111,6 +111,5 @@ def _explain_write_error(path: Path, error: BaseException) -> None:
     if cause is None:
         return
     reason = "disk full" if cause.errno in _DISK_FULL else f"cannot write ({cause.strerror})"
-    raise InputError(
-        f"{reason} while saving {path}; the previous checkpoint is intact: make room, then --resume"
-    ) from error
+    kept = "the previous checkpoint is intact" if path.exists() else "there was none before"
+    raise InputError(f"{reason} while saving {path}; {kept}: make room, then --resume") from error

@@ -106,7 +106,7 @@ def load_checkpoint(path: str | Path) -> Checkpoint:
             f"cut short, damaged or another one{_offer(path)}"
         )
     try:
-        content = _read_pth(path) if path.suffix == ".pth" else _read_safetensors(path)
+        content = _read(path)
     except Exception as error:  # inside a foreign file a reader can fail in any way
         raise InputError(
             f"checkpoint {path} cannot be read: it is cut short, or holds more than plain tensors "
@@ -240,16 +240,23 @@ def _offer(path: Path) -> str:
         return can_replace, other.stat().st_mtime_ns
 
     for other in sorted(older, key=rank, reverse=True):
-        if is_intact(other):
+        if is_intact(other) and _is_readable(other):
             return f"; the one before it is {other}"
     return "; take another checkpoint"
 
 
-def _read_pth(path: Path) -> Any:
-    return torch.load(path, map_location="cpu", weights_only=True)
+def _is_readable(path: Path) -> bool:
+    try:
+        _check_content(path, _read(path))
+    except Exception:  # inside a foreign file a reader can fail in any way
+        return False
+    return True
 
 
-def _read_safetensors(path: Path) -> dict[str, Any]:
+def _read(path: Path) -> Any:
+    """What a file holds; code in it is refused."""
+    if path.suffix == ".pth":
+        return torch.load(path, map_location="cpu", weights_only=True)
     with safetensors.safe_open(str(path), framework="pt") as file:
         content = {key: json.loads(value) for key, value in (file.metadata() or {}).items()}
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118

@@ -18,6 +18,7 @@ from tqdm import tqdm
 
 from configs import Config
 from engine.inference import Prediction, inference_options, predict
+from engine.memory import explained_full_evaluation
 from utils.distributed import gather_objects, is_main_process
 from utils.errors import InputError
 from utils.fusion_metrics import fusion_metrics
@@ -144,7 +145,8 @@ def _predictions(
     for batch in tqdm(loader, unit="batch", leave=False, disable=is_hidden):
         rgb, thermal = (x.to(device, non_blocking=True) for x in (batch.rgb, batch.thermal))
         try:
-            prediction = predict(model, rgb, thermal, **options)
+            with explained_full_evaluation(len(rgb), tuple(rgb.shape[-2:]), device):
+                prediction = predict(model, rgb, thermal, **options)
         except InputError as error:
             raise InputError(f"{', '.join(batch.name)}: {error}") from error
         yield batch, prediction

@@ -47,8 +47,9 @@ class Examples:
     def draw(self, model: CMFS, device: torch.device) -> Pictures:
         """Inputs and outputs, every stage's text gate as a heat map, and the spread of log10 dt.
 
-        Gates are black at 0, yellow at 1; dt is that of the first image. Where eval.crop is set,
-        both are those of an image's upper left corner of that size.
+        Gates are black at 0, yellow at 1, and their least and largest value is written on them; dt
+        is that of the first image. Where eval.crop is set, both are those of an image's upper left
+        corner of that size.
         """
         if not self._rows:
             return Pictures({}, {})
@@ -59,12 +60,20 @@ class Examples:
         stages = [f"gate of stage {stage}" for stage in range(len(insides[0].gates))]
         if stages:
             gates = [
-                [to_uint8(rgb[0]), *(heat_map(g.numpy(), tuple(rgb.shape[2:])) for g in x.gates)]
+                [to_uint8(rgb[0]), *(_gate_map(g.numpy(), tuple(rgb.shape[2:])) for g in x.gates)]
                 for (rgb, _), x in zip(self._inputs, insides, strict=True)
             ]
             sheets["text_gates"] = contact_sheet(gates, ["rgb", *stages])
         histograms = {f"dt_log10/{part}": x.log10().numpy() for part, x in insides[0].dt.items()}
         return Pictures(sheets, histograms)
+
+
+def _gate_map(values: np.ndarray, size_hw: tuple[int, int]) -> np.ndarray:
+    """A heat map with its range on it: early gates differ by less than the eye can see."""
+    picture = heat_map(values, size_hw)
+    text = f"{values.min():.3f} {values.max():.3f}"
+    cv2.putText(picture, text, (3, 12), cv2.FONT_HERSHEY_SIMPLEX, 0.35, (255, 255, 255), 1)
+    return picture
 
 
 def heat_map(values: np.ndarray, size_hw: tuple[int, int]) -> np.ndarray:

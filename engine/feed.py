@@ -1,5 +1,6 @@
 """Batches on their way to the device, and a word when they do not come fast enough."""
 
+import itertools
 import logging
 import threading
 import time
@@ -11,6 +12,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from engine.step import NamedBatch
+from utils.cli import StopRequest
 
 log = logging.getLogger(__name__)
 
@@ -95,6 +97,24 @@ class Feed:
             "data.dataset_path hangs, or other work takes the processors; still waiting",
             *(self._patience_s, self._loader.num_workers),
         )
+
+
+class UntilStop:
+    """A loader's batches until a signal has come.
+
+    Attributes:
+        stop: where that is seen.
+    """
+
+    def __init__(self, loader: DataLoader, stop: StopRequest) -> None:
+        self._loader = loader
+        self.stop = stop
+
+    def __len__(self) -> int:
+        return len(self._loader)
+
+    def __iter__(self) -> Iterator[NamedBatch]:
+        return itertools.takewhile(lambda _: not self.stop.asked(), self._loader)
 
 
 def to_device(batch: NamedBatch, device: torch.device) -> NamedBatch:

@@ -1,6 +1,6 @@
 """The joint loss: segmentation, fusion and expert balance (method, Sec. 7)."""
 
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -23,11 +23,32 @@ class Batch(Protocol):
     valid: Tensor  # (B, H, W) bool, False where padded
 
 
-def joint_loss(output: CMFSOutput, batch: Batch, config: LossConfig) -> dict[str, Tensor]:
+class PixelCounts(NamedTuple):
+    """How many pixels the means of the loss run over; each () float64."""
+
+    labelled: Tensor  # with a class
+    valid: Tensor  # not padded
+    inside: Tensor  # whose 3x3 neighbourhood is not padded
+
+
+def count_pixels(batch: Batch) -> PixelCounts:
+    """The counts of a batch; 0 where it has no such pixel."""
+    masks = (batch.label != IGNORED_LABEL, batch.valid, _inside(batch.valid))
+    return PixelCounts(*(mask.sum(dtype=torch.float64) for mask in masks))
+
+
+def joint_loss(
+    output: CMFSOutput, batch: Batch, config: LossConfig, counts: PixelCounts | None = None
+) -> dict[str, Tensor]:
     """All parts of the loss, unweighted, and their weighted sum as "total"; each (), float32.
 
     Keys: total, segmentation, fusion, intensity, gradient, color, balance, where "fusion" is the
     weighted sum of the three after it. All means run over valid pixels only.
+
+    Args:
+        counts: where this batch is a part of a step, the mean of the parts' counts. The mean of the
+            parts' losses is then the loss of the whole, however unevenly padding and unknown labels
+            are spread over the parts. The balance loss alone is each part's own.
     """
     with torch.autocast(output.logits.device.type, enabled=False):
         visible, thermal = fusion_targets(
@@ -41,6 +62,13 @@ def joint_loss(output: CMFSOutput, batch: Batch, config: LossConfig) -> dict[str
             "color": color_loss(fused, visible, batch.valid),
             "balance": output.balance_loss.float(),
         }
+        if counts is not None:
+            shares = zip(count_pixels(batch), counts, strict=True)
+            labelled, valid, inside = ((own / mean.clamp_min(1e-9)).float() for own, mean in shares)
+            parts["segmentation"] = parts["segmentation"] * labelled
+            parts["intensity"] = parts["intensity"] * valid
+            parts["gradient"] = parts["gradient"] * inside
+            parts["color"] = parts["color"] * valid
     parts["fusion"] = (
         config.intensity_weight * parts["intensity"]
         + config.gradient_weight * parts["gradient"]
@@ -86,13 +114,13 @@ def gradient_loss(fused: Tensor, visible: Tensor, thermal: Tensor, valid: Tensor
 
     Pixels whose 3x3 neighbourhood touches padding are left out: their gradient is the padding's.
     """
-    inside = -F.max_pool2d(-valid[:, None].float(), 3, stride=1, padding=1)
+    inside = _inside(valid)
     loss = fused.new_zeros(())
     for of_fused, of_visible, of_thermal in zip(
         sobel(fused), sobel(visible), sobel(thermal), strict=True
     ):
         larger = torch.where(of_visible.abs() >= of_thermal.abs(), of_visible, of_thermal)
-        loss = loss + 0.5 * _valid_mean((of_fused - larger).abs(), inside[:, 0])
+        loss = loss + 0.5 * _valid_mean((of_fused - larger).abs(), inside)
     return loss
 
 
@@ -100,6 +128,11 @@ def color_loss(fused: Tensor, visible: Tensor, valid: Tensor) -> Tensor:
     """|Cb_F − Cb_V|₁ + |Cr_F − Cr_V|₁."""
     difference = (rgb_to_ycbcr(fused) - rgb_to_ycbcr(visible)).abs()
     return _valid_mean(difference[:, 1:2], valid) + _valid_mean(difference[:, 2:3], valid)
+
+
+def _inside(valid: Tensor) -> Tensor:
+    """(B, H, W) bool -> (B, H, W) float, 1 where a pixel and its neighbours are valid, else 0."""
+    return -F.max_pool2d(-valid[:, None].float(), 3, stride=1, padding=1)[:, 0]
 
 
 def _valid_mean(x: Tensor, valid: Tensor) -> Tensor:

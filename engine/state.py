@@ -1,13 +1,16 @@
 """The state of a training run: built, saved, and put back exactly."""
 
 import logging
+import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DistributedDataParallel
 
 from configs import Config
@@ -57,6 +60,17 @@ class TrainingState:
     best_miou: float | None = None
     bad_steps: int = 0  # left out so far
 
+    @cached_property
+    def parameters(self) -> list[nn.Parameter]:
+        """What is trained, in the network's order."""
+        return [p for p in self.model.parameters() if p.requires_grad]
+
+    @cached_property
+    def statistics(self) -> list[Tensor]:
+        """The running statistics, which a forward changes."""
+        norms = [m for m in self.model.modules() if isinstance(m, _BatchNorm)]
+        return [buffer for norm in norms for buffer in norm.buffers()]
+
     @property
     def scored_model(self) -> CMFS:
         """What is validated and kept: the average of the weights where there is one."""
@@ -88,6 +102,11 @@ def starting_point(folder: RunFolder, *, resume: bool | str) -> Path | None:
             )
         return Path(resume)
     if not found:
+        if not resume and folder.metrics_file.exists() and folder.metrics_file.stat().st_size:
+            raise InputError(
+                f"{folder.path} holds the log of a run that saved no checkpoint: begin another one "
+                f"with --exp NAME, or this one anew with --resume, which replaces the log"
+            )
         return None
     if not resume:
         raise InputError(
@@ -120,6 +139,8 @@ def build_state(
     average = None if decay is None else WeightAverage(model, decay)
     network: nn.Module = model
     if is_shared:
+        # Kernels of one channel have two names for the same memory order; nothing is copied.
+        warnings.filterwarnings("ignore", message="Grad strides do not match bucket view strides")
         network = DistributedDataParallel(model, device_ids=[device.index] if is_cuda else None)
         network.broadcast_buffers = False  # not in every forward: settle() does it
     total_steps = config.train.epochs * steps_per_epoch
@@ -296,7 +317,7 @@ def check_resume(path: str | Path, checkpoint: Checkpoint, config: Config) -> No
         log.info("resumed with a change of %s", text)
 
 
-def _on_cpu(model: nn.Module) -> dict[str, torch.Tensor]:
+def _on_cpu(model: nn.Module) -> dict[str, Tensor]:
     return {name: tensor.detach().cpu() for name, tensor in model.state_dict().items()}
 
 

@@ -1,9 +1,6 @@
 """One training step: forward, backward, and an update that bad numbers turn into none."""
 
-import logging
-import math
-from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from typing import NamedTuple, Protocol
 
 import torch
@@ -11,12 +8,9 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from configs import Config
-from engine.losses import Batch, joint_loss
+from engine.losses import Batch, PixelCounts, count_pixels, joint_loss
 from engine.state import TrainingState
 from utils.distributed import gather_objects, largest, reduce_sum, world_size
-from utils.errors import InputError
-
-log = logging.getLogger(__name__)
 
 _AUTOCAST_DTYPES = {"float32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -54,12 +48,13 @@ def train_step(state: TrainingState, batch: NamedBatch, config: Config) -> StepR
     as they were. Whether that was so is known on the device alone, so nothing waits for it.
     """
     accumulation = config.train.accumulation
-    buffers = _copies(state.model.buffers()) if config.train.max_bad_steps else []
+    statistics = [b.clone() for b in state.statistics] if config.train.max_bad_steps else []
     state.optimizer.zero_grad()
+    counts = mean_counts(batch, accumulation)
     results = []
     for index, part in enumerate(split_batch(batch, accumulation)):
         with _sharing_gradients(state.network, index == accumulation - 1):
-            parts = _losses(state, part, config)
+            parts = _losses(state, part, config, counts)
             total = parts["total"] / accumulation
             total = total * torch.where(total.isfinite(), 1.0, torch.nan)
             state.scaler.scale(total).backward()
@@ -74,10 +69,16 @@ def train_step(state: TrainingState, batch: NamedBatch, config: Config) -> StepR
         for name in results[0][0]
     }
     is_bad = is_skipped | ~losses["total"].isfinite()
-    for buffer, before in zip(state.model.buffers(), buffers, strict=False):
-        buffer.copy_(torch.where(is_bad, before, buffer))  # running statistics saw the bad numbers
+    for buffer, before in zip(state.statistics, statistics, strict=False):
+        buffer.copy_(torch.where(is_bad, before, buffer))  # they saw the bad numbers
     shares = torch.stack([share for _, share in results]).mean(0)
     return StepResult(state.step, batch.name, losses, shares, gradient_norm, is_bad)
+
+
+def mean_counts(batch: NamedBatch, accumulation: int) -> PixelCounts:
+    """Pixels of the whole step, over its parts on all ranks; every rank takes part."""
+    total = reduce_sum(torch.stack(count_pixels(batch)))
+    return PixelCounts(*(total / (world_size() * accumulation)))
 
 
 def split_batch(batch: NamedBatch, count: int) -> list[NamedBatch]:
@@ -108,32 +109,13 @@ def summarize(steps: list[StepResult]) -> Summary:
     return Summary(losses, shares, norm, [found[number] for number in sorted(found)])
 
 
-@contextmanager
-def explained_out_of_memory(config: Config, device: torch.device) -> Iterator[None]:
-    """Turn a full GPU into an InputError that says what filled it and what helps."""
-    try:
-        yield
-    except torch.cuda.OutOfMemoryError as error:
-        train = config.train
-        parts = world_size() * train.accumulation
-        peak, present = (
-            size / 2**30
-            for size in (torch.cuda.max_memory_allocated(device), _total_memory(device))
-        )
-        raise InputError(
-            f"GPU out of memory with {train.batch_size // parts} images of {train.crop[0]}x"
-            f"{train.crop[1]} at once (train.batch_size {train.batch_size}, {world_size()} "
-            f"processes, train.accumulation {train.accumulation}), {train.precision}: peak "
-            f"{peak:.1f} of {present:.1f} GiB; set train.accumulation={2 * train.accumulation}, "
-            f"which keeps the batch, or train.precision=bf16, or a smaller train.crop"
-        ) from error
-
-
-def _losses(state: TrainingState, batch: NamedBatch, config: Config) -> dict[str, Tensor]:
+def _losses(
+    state: TrainingState, batch: NamedBatch, config: Config, counts: PixelCounts
+) -> dict[str, Tensor]:
     dtype = _AUTOCAST_DTYPES[config.train.precision]
     with torch.autocast(batch.rgb.device.type, dtype=dtype, enabled=dtype is not None):
         output = state.network(batch.rgb, batch.thermal)
-    return joint_loss(output, batch, config.loss)
+    return joint_loss(output, batch, config.loss, counts)
 
 
 def _update(state: TrainingState, config: Config) -> tuple[Tensor, Tensor]:
@@ -142,10 +124,9 @@ def _update(state: TrainingState, config: Config) -> tuple[Tensor, Tensor]:
     The scaler leaves a bad step out and then lowers its scale. In fp16 a scale above 1 may be the
     very cause, so that only what is left out at a lower one counts as bad.
     """
-    scaler, one = state.scaler, torch.ones((), device=next(state.model.parameters()).device)
+    scaler, one = state.scaler, torch.ones((), device=state.parameters[0].device)
     scaler.unscale_(state.optimizer)
-    largest_norm = config.train.clip_grad_norm or math.inf
-    norm = nn.utils.clip_grad_norm_(state.model.parameters(), largest_norm)
+    norm = _gradient_norm(state.parameters, config.train.clip_grad_norm)
     scaler.step(state.optimizer)
     before = scaler.scale(one)
     scaler.update()
@@ -155,14 +136,18 @@ def _update(state: TrainingState, config: Config) -> tuple[Tensor, Tensor]:
     return is_skipped, norm
 
 
+def _gradient_norm(parameters: list[nn.Parameter], largest_norm: float | None) -> Tensor:
+    """() norm of the whole gradient, which is then clipped where there is a largest one."""
+    if largest_norm is not None:
+        return nn.utils.clip_grad_norm_(parameters, largest_norm)
+    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+    return torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients)))
+
+
 def _sharing_gradients(network: nn.Module, is_last: bool) -> AbstractContextManager:
     """Ranks exchange gradients once a step, after its last part."""
     is_shared = isinstance(network, DistributedDataParallel)
     return network.no_sync() if is_shared and not is_last else nullcontext()
-
-
-def _copies(tensors: Iterator[Tensor]) -> list[Tensor]:
-    return [tensor.clone() for tensor in tensors]
 
 
 def _describe(step: StepResult) -> tuple[int, bool, str]:
@@ -176,7 +161,3 @@ def _describe(step: StepResult) -> tuple[int, bool, str]:
         f"{', '.join(f'{name} {value:g}' for name, value in parts.items())}; "
         f"images {', '.join(step.images)}",
     )
-
-
-def _total_memory(device: torch.device) -> int:
-    return torch.cuda.get_device_properties(device).total_memory

@@ -14,7 +14,8 @@ from torch.utils.data import DataLoader
 from configs import Config, dump_config
 from engine.evaluate import evaluate_segmentation
 from engine.examples import Examples
-from engine.feed import Feed
+from engine.feed import Feed, UntilStop
+from engine.memory import explained_out_of_memory
 from engine.optim import lr_at
 from engine.state import (
     TrainingState,
@@ -25,13 +26,7 @@ from engine.state import (
     save_last,
     settle,
 )
-from engine.step import (
-    StepResult,
-    Summary,
-    explained_out_of_memory,
-    summarize,
-    train_step,
-)
+from engine.step import StepResult, Summary, summarize, train_step
 from models import CMFS
 from utils.cli import StopRequest
 from utils.distributed import Devices, is_main_process, largest
@@ -40,6 +35,9 @@ from utils.log import RunReport
 from utils.run_folder import RunFolder
 
 log = logging.getLogger(__name__)
+
+_STEP_PATIENCE_S = 20.0  # torchrun's is 30
+_LARGEST_FREE_LR = 1e-4  # above it, runs of the paper's network should clip their gradients
 
 
 def fit(
@@ -56,7 +54,8 @@ def fit(
     """Train to the end of the schedule, or until SIGINT or SIGTERM.
 
     epoch-last.pth is written at the end of an epoch, before its validation, where the last one is
-    train.save_every_s old; at a stop; and at the end.
+    train.save_every_s old; at a stop; and at the end. A stop ends a validation, too, which a
+    resumed run then does anew.
 
     Args:
         pictures: (H, W, 3) uint8 by TensorBoard name, shown at the beginning.
@@ -68,35 +67,43 @@ def fit(
         InputError: resume_from does not belong to this run, the batch does not divide among the
             ranks, or the disk or the GPU's memory is full.
     """
-    state = build_state(config, model, devices, steps_per_epoch=len(train_loader))
+    with explained_out_of_memory(config, devices.device):
+        state = build_state(config, model, devices, steps_per_epoch=len(train_loader))
     if resume_from is not None:
         restore(state, resume_from, config, devices)
     if is_main_process():
         write_run_files(config, folder)
     log.info("text prior: %s", state.model.text_prior.source)
+    warn_of_collapse(config)
     log.info("begins after step %d of %d", state.step, state.total_steps)
     report = RunReport(
         folder, from_step=state.step, total_steps=state.total_steps, is_enabled=is_main_process()
     )
     feed = Feed(train_loader, devices.device)
     saved_at = time.monotonic()
-    with report, StopRequest() as stop:
+    with report, StopRequest(_patience_s(devices)) as stop:
         report.pictures(pictures or {}, step=state.step)
         while True:
             with explained_out_of_memory(config, devices.device):
                 stopped = train_epoch(state, feed, config, stop, report)
             settle(state)
             is_due = time.monotonic() - saved_at >= config.train.save_every_s
-            if stopped or state.is_finished or largest(is_due):
+            is_saved = bool(stopped or state.is_finished or largest(is_due))
+            if is_saved:
                 save_last(state, config, folder)
                 saved_at = time.monotonic()
+            if not stopped:
+                save_epoch(state, config, folder)
+                if state.is_finished or state.epochs_done % config.train.val_every == 0:
+                    stopped = validate(
+                        state, UntilStop(val_loader, stop), config, devices.device, folder, report
+                    )
+                    report.start_clock(state.step)
             if stopped:
+                if not is_saved:
+                    save_last(state, config, folder)
                 log.info("%s: saved after step %d", signal.Signals(stopped).name, state.step)
                 return stopped
-            save_epoch(state, config, folder)
-            if state.is_finished or state.epochs_done % config.train.val_every == 0:
-                validate(state, val_loader, config, devices.device, folder, report)
-                report.start_clock(state.step)
             if state.is_finished:
                 return 0
             state.epoch, state.batch = state.epoch + 1, 0
@@ -116,6 +123,7 @@ def train_epoch(
     while not (stopped or state.is_finished or state.batch == state.steps_per_epoch):
         learning_rate = set_learning_rate(state, config)
         window.append(train_step(state, next(batches), config))
+        report.advance()
         if state.step % config.train.log_every == 0 or state.is_finished:
             begin = time.perf_counter()
             summary = read_window(window, state, config)
@@ -129,10 +137,28 @@ def train_epoch(
                 batch_size=config.train.batch_size,
                 data_wait=feed.waited_share(time.perf_counter() - begin),
             )
-        stopped = largest(stop.signal or 0)
+        stopped = largest(stop.asked())
     if window:
         read_window(window, state, config)
     return stopped
+
+
+def warn_of_collapse(config: Config) -> None:
+    """Say what a large learning rate without clipping may lead to (benchmarks/results/msrs.md)."""
+    is_large = config.train.lr > _LARGEST_FREE_LR and config.train.clip_grad_norm is None
+    if config.model.size == "tiny" and is_large:
+        log.warning(
+            "train.lr %g is far above the paper's 6e-5 and gradients are not clipped: one of two "
+            "runs at 4e-4 lost its segmentation for good; train.clip_grad_norm=1.0 guards against "
+            "it",
+            config.train.lr,
+        )
+
+
+def _patience_s(devices: Devices) -> float | None:
+    """How long a step may take after a signal; a rank that died leaves the others' GPUs waiting."""
+    is_shared_gpu = devices.device.type == "cuda" and devices.world_size > 1
+    return _STEP_PATIENCE_S if is_shared_gpu else None
 
 
 def set_learning_rate(state: TrainingState, config: Config) -> float:
@@ -179,16 +205,22 @@ def write_run_files(config: Config, folder: RunFolder) -> None:
 
 def validate(
     state: TrainingState,
-    loader: DataLoader,
+    loader: UntilStop,
     config: Config,
     device: torch.device,
     folder: RunFolder,
     report: RunReport,
-) -> None:
-    """Score the validation split; the best mIoU so far makes best.pth."""
+) -> int:
+    """Score the validation split; the best mIoU so far makes best.pth.
+
+    Returns the signal that came to any rank meanwhile, or 0; then there is no score.
+    """
     examples = Examples(config)
     model = state.scored_model.eval()
     metrics = evaluate_segmentation(model, loader, config, device, on_prediction=examples)
+    stopped = largest(loader.stop.asked())
+    if stopped:
+        return stopped
     miou = metrics["miou"]
     log.info(
         "validation after epoch %d, step %d: mIoU %s (best before: %s)",
@@ -201,6 +233,7 @@ def validate(
     if miou is not None and (state.best_miou is None or miou > state.best_miou):
         state.best_miou = miou
         save_best(state, config, folder, metrics)
+    return 0
 
 
 def _percent(share: float | None) -> str:

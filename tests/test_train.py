@@ -1,8 +1,10 @@
 """train.py from its arguments to its exit code."""
 
 import os
+import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -165,6 +167,81 @@ def test_sigterm_saves_and_resume_goes_on(run_train, arguments, tmp_path):
     log_lines = (last.parents[1] / "train_output.log").read_text()
     assert f"SIGTERM: saved after step {step}" in log_lines
     assert "resumed from" in log_lines
+
+
+@pytest.mark.slow
+def test_torchrun_stops_all_ranks_of_the_paper_s_command(arguments, tmp_path):
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = str(probe.getsockname()[1])
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2"]
+    process = subprocess.Popen(
+        [*launcher, f"--master_port={port}", "train.py", "-p", port, *arguments],
+        cwd=ROOT,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    metrics = tmp_path / "Demo" / "exp" / "metrics.jsonl"
+    end = time.monotonic() + 120
+    while not (metrics.exists() and metrics.read_text()) and process.poll() is None:
+        assert time.monotonic() < end, "no step within two minutes"
+        time.sleep(0.05)
+    process.send_signal(signal.SIGTERM)
+    out, _ = process.communicate(timeout=60)
+    assert out.count("SIGTERM: saved after step") == 1, out
+    assert "UserWarning" not in out
+    saved = load_checkpoint(tmp_path / "Demo" / "exp" / "checkpoint" / "epoch-last.pth")
+    assert saved.step >= 1 and len(saved.training_state["rng"]) == 2
+
+
+def in_small_disk(size: str, disk: Path, command: list[str], then: str) -> tuple[int, str, str]:
+    """Run a command while `disk` is a file system of that size, then a line of shell in it.
+
+    Gives the command's exit code and stderr, and what the line said.
+    """
+    script = 'mount -t tmpfs -o size="$1" tmpfs "$2" || exit 77; cd "$3"; shift 3; "$@" >/dev/null'
+    found = subprocess.run(
+        ["unshare", "-rm", "sh", "-c", f"{script}; echo $?; {then}", "sh", size, disk, ROOT]
+        + command,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    if found.returncode == 77 or "unshare" in found.stderr:
+        pytest.skip(f"no file system of our own may be mounted here: {found.stderr.strip()}")
+    code, _, said = found.stdout.partition("\n")
+    return int(code), found.stderr, said
+
+
+@pytest.mark.skipif(shutil.which("unshare") is None, reason="needs Linux's unshare")
+@pytest.mark.parametrize(
+    ("size", "error", "step"),
+    [("24m", "disk full while saving .*epoch-last.pth; the previous checkpoint is intact", 4),
+     ("16k", "No space left on device", None)],
+    ids=["a checkpoint", "a log"],
+)  # fmt: skip
+def test_a_disk_that_fills_up_leaves_the_last_checkpoint(arguments, tmp_path, size, error, step):
+    """A real file system: the second save of 14 MB does not fit, or not the first log lines."""
+    disk, kept = tmp_path / "disk", tmp_path / "kept"
+    disk.mkdir()
+    kept.mkdir()
+    command = [sys.executable, "train.py", *arguments, f"experiment_path={disk}"]
+    settings = ["train.save_every_s=0", "train.val_every=99", "train.epochs=50"]
+    code, err, said = in_small_disk(
+        size, disk, [*command, *settings], f"cp -r {disk}/Demo/exp/checkpoint {kept}; ls {disk}"
+    )
+    assert code == 2, err
+    lines = [line for line in err.splitlines() if not line.startswith("cp: ")]
+    assert len(lines) == 1 and re.match(f"error: {error}", lines[0]), err
+    assert said.strip() == "Demo"
+    if step is not None:
+        assert load_checkpoint(kept / "checkpoint" / "epoch-last.pth").step == step
+        assert {path.name for path in (kept / "checkpoint").iterdir()} == {
+            "epoch-last.pth", "epoch-last.pth.sha256",
+        }  # fmt: skip
 
 
 def test_one_run_from_nothing_leaves_what_eval_looks_for(run_train, arguments, tmp_path):

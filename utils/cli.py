@@ -1,14 +1,20 @@
 """What the scripts share on the command line: common flags, exit codes, an orderly stop."""
 
 import argparse
+import contextlib
 import errno
 import logging
+import os
 import signal
+import socket
 import sys
+import threading
+import traceback
 from collections.abc import Callable
 from types import FrameType
 from typing import NoReturn
 
+from utils.distributed import world_size
 from utils.errors import InputError
 
 log = logging.getLogger(__name__)
@@ -105,7 +111,11 @@ def run_main(main: Callable[[], int | None]) -> NoReturn:
     0 or what main returns; 2 with one line "error: ..." on stderr for bad input (a ConfigError is
     one, too), a disk that is full or closed to us, or a loss that is not finite; 130 after Ctrl-C;
     anything else is unforeseen and leaves its traceback and 1. The log file gets all of it.
+
+    One of several ranks ends at once on an error: the usual end of a process waits for what the
+    others have left on the GPU, and they wait for it.
     """
+    threading.excepthook = _report_thread_error
     try:
         code = main() or 0
     except KeyboardInterrupt:
@@ -113,15 +123,26 @@ def run_main(main: Callable[[], int | None]) -> NoReturn:
     except Exception as error:
         message = _user_message(error)
         if logging.getLogger().hasHandlers():
-            log.error(message or "unforeseen", exc_info=message is None, extra=ONLY_FILE)
-        if message is None:
+            with contextlib.suppress(OSError):  # it lies on the full disk, perhaps
+                log.error(message or "unforeseen", exc_info=message is None, extra=ONLY_FILE)
+        if message is None and world_size() == 1:
             raise
-        sys.stderr.write(f"error: {message}\n")
-        code = EXIT_INPUT
+        sys.stderr.write(f"error: {message}\n" if message else traceback.format_exc())
+        code = EXIT_INPUT if message else 1
+        if world_size() > 1:
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(code)
     sys.exit(code)
 
 
-def _user_message(error: Exception) -> str | None:
+def _report_thread_error(arguments: threading.ExceptHookArgs) -> None:
+    """A full disk under a writer's thread (TensorBoard's) is an error of the main thread, too."""
+    if arguments.exc_value is None or _user_message(arguments.exc_value) is None:
+        threading.__excepthook__(arguments)
+
+
+def _user_message(error: BaseException) -> str | None:
     """One line for an error that the user can mend; None for any other."""
     if isinstance(error, InputError | FloatingPointError):
         return " ".join(str(error).split())
@@ -133,23 +154,63 @@ def _user_message(error: Exception) -> str | None:
 class StopRequest:
     """While the context is open, SIGINT and SIGTERM only leave a note; the loop stops by itself.
 
-    `signal` is the first one that came, or None. Loader processes forked meanwhile inherit this:
-    a signal to the whole process group does not take them away before the last step is saved.
+    Loader processes forked meanwhile inherit this: a signal to the whole process group does not
+    take them away before the last step is saved.
+
+    Args:
+        patience_s: a loop that does not ask within this time after a signal is stuck, as where
+            another rank died and the GPU waits for it: the process then ends with code 1. None
+            waits for ever.
+    Attributes:
+        signal: the first one that came, or None.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, patience_s: float | None = None) -> None:
         self.signal: signal.Signals | None = None
+        self._patience_s = patience_s
+        self._has_asked = threading.Event()
 
     def __enter__(self) -> "StopRequest":
         self._previous = {
             number: signal.signal(number, self._note) for number in (signal.SIGINT, signal.SIGTERM)
         }
+        if self._patience_s is not None:
+            self._wakeup, self._watched = socket.socketpair()
+            self._wakeup.setblocking(False)
+            self._previous_wakeup = signal.set_wakeup_fd(self._wakeup.fileno())
+            self._watch = threading.Thread(target=self._end_if_stuck, daemon=True)
+            self._watch.start()
         return self
 
     def __exit__(self, *_: object) -> None:
+        if self._patience_s is not None:
+            self._has_asked.set()
+            signal.set_wakeup_fd(self._previous_wakeup)
+            self._wakeup.close()
+            self._watch.join()
+            self._watched.close()
         for number, handler in self._previous.items():
             signal.signal(number, handler)
+
+    def asked(self) -> int:
+        """The number of the signal that came, or 0; to be called once a step."""
+        if self.signal is None:
+            return 0
+        self._has_asked.set()
+        return int(self.signal)
 
     def _note(self, number: int, _: FrameType | None) -> None:
         if self.signal is None:
             self.signal = signal.Signals(number)
+
+    def _end_if_stuck(self) -> None:
+        """In a thread, because a main thread that waits for a GPU runs no handler of signals."""
+        while number := self._watched.recv(1):
+            if number[0] in self._previous and not self._has_asked.wait(self._patience_s):
+                name = signal.Signals(number[0]).name
+                sys.stderr.write(
+                    f"error: {name} came {self._patience_s:g} s ago and the step has not ended "
+                    f"since; this process ends, the checkpoints are intact\n"
+                )
+                sys.stderr.flush()
+                os._exit(1)

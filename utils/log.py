@@ -17,6 +17,11 @@ from tqdm import tqdm
 from utils.cli import ONLY_FILE
 from utils.run_folder import RunFolder
 
+try:
+    import resource
+except ImportError:  # no such counters outside POSIX
+    resource = None
+
 log = logging.getLogger(__name__)
 
 _FORMAT = "%(asctime)s %(levelname)s %(message)s"
@@ -32,6 +37,16 @@ class _Console(logging.Handler):
             sys.stdout.flush()
 
 
+class _LogFile(logging.FileHandler):
+    """A file that lets a full disk end the program, as every other file does."""
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        error = sys.exc_info()[1]
+        if isinstance(error, OSError):
+            raise error
+        super().handleError(record)
+
+
 def setup_logging(path: Path | None, main: bool = True) -> None:
     """Send log lines to the console and, where a path is given, to the end of that file.
 
@@ -42,7 +57,7 @@ def setup_logging(path: Path | None, main: bool = True) -> None:
     handlers: list[logging.Handler] = [_Console()]
     if path is not None and main:
         path.parent.mkdir(parents=True, exist_ok=True)
-        handlers.append(logging.FileHandler(path, encoding="utf-8"))
+        handlers.append(_LogFile(path, encoding="utf-8"))
     level = logging.INFO if main else logging.ERROR
     logging.basicConfig(level=level, format=_FORMAT, handlers=handlers, force=True)
 
@@ -142,6 +157,11 @@ class RunReport:
         """Measure speed from here on, so that validation does not count."""
         self._clock_step, self._clock_time = step, time.perf_counter()
 
+    def advance(self) -> None:
+        """One more step was begun on the device: the bar moves, nothing is read."""
+        if self._is_enabled:
+            self._bar.update()
+
     def steps(
         self,
         losses: Mapping[str, float],
@@ -200,7 +220,7 @@ class RunReport:
         shown = " ".join(
             [
                 f"loss {losses['total']:.4f} lr {learning_rate:.2e} {images_per_s:.1f} images/s",
-                *_gpu_memory(),
+                *_peak_memory(),
                 *(f"{part} {loss:.4f}" for part, loss in losses.items() if part != "total"),
             ]
         )
@@ -209,8 +229,8 @@ class RunReport:
             *(epoch, step, self._total_steps, left, shown),
             extra=ONLY_FILE if self._has_bar else None,
         )
-        self._bar.set_postfix_str(shown, refresh=False)
         self._bar.update(step - self._bar.n)
+        self._bar.set_postfix_str(shown)
 
     def pictures(self, pictures: Mapping[str, np.ndarray], *, step: int) -> None:
         """Show pictures, (H, W, 3) uint8 by TensorBoard name."""
@@ -241,11 +261,16 @@ class RunReport:
             self._tensorboard.histogram(name, values, step)
 
 
-def _gpu_memory() -> list[str]:
-    """The most memory that was in use at once, where there is a GPU."""
-    if not torch.cuda.is_initialized():
+def _peak_memory() -> list[str]:
+    """The most memory that was in use at once, of the GPU or, where there is none, by us."""
+    if torch.cuda.is_initialized():
+        peak = torch.cuda.max_memory_allocated()
+    elif resource is not None:
+        unit = 1 if sys.platform == "darwin" else 1024  # bytes
+        peak = unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    else:
         return []
-    return [f"{torch.cuda.max_memory_allocated() / 2**30:.1f} GiB"]
+    return [f"{peak / 2**30:.1f} GiB"]
 
 
 def _whole_lines(path: Path) -> list[str]:

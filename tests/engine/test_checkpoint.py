@@ -267,6 +267,9 @@ def test_the_one_before_a_broken_file_is_offered(model, tmp_path):
     (tmp_path / "epoch-15.pth.sha256").unlink()
     with pytest.raises(InputError, match=r"cannot be read.*one before it is .*/epoch-5\.pth$"):
         load_checkpoint(paths[2])
+    (tmp_path / "epoch-10.pth.sha256").unlink()
+    with pytest.raises(InputError, match=r"one before it is .*/epoch-5\.pth$"):
+        load_checkpoint(paths[2])  # the newer one has no checksum, and is cut short
     paths[0].write_bytes(b"")
     os.utime(paths[0], (0, 0))
     with pytest.raises(InputError, match="take another checkpoint$"):

@@ -7,7 +7,9 @@ import torch
 
 from configs import load_config
 from engine.losses import (
+    PixelCounts,
     color_loss,
+    count_pixels,
     fusion_targets,
     gradient_loss,
     intensity_loss,
@@ -158,3 +160,37 @@ def test_gradcheck_of_the_fusion_parts():
         )
 
     assert torch.autograd.gradcheck(loss, fused)
+
+
+def test_parts_of_a_batch_weigh_by_their_pixels():
+    """With the mean of their counts, parts give the loss and the gradient of the whole batch."""
+    config = load_config("mfnet").loss
+    batch = make_batch(batch=4)
+    batch.valid[0, 3:] = batch.valid[2, :, 6:] = False
+    batch.label[~batch.valid] = 255
+    batch.label[1] = batch.label[3, :, 1:] = 255  # an image without labels, one with few
+    output = make_output(batch)
+    whole_image = output.fused.clone().requires_grad_()
+    whole = joint_loss(output._replace(fused=whole_image), batch, config)
+    whole["total"].backward()
+
+    parts_image = output.fused.clone().requires_grad_()
+    counts = PixelCounts(*(count / 4 for count in count_pixels(batch)))
+    parts = []
+    for row in range(4):
+        rows = slice(row, row + 1)
+        part = SimpleNamespace(**{name: field[rows] for name, field in vars(batch).items()})
+        of_part = CMFSOutput(output.logits[rows], parts_image[rows], output.balance_loss)
+        parts.append(joint_loss(of_part, part, config, counts))
+    for name, value in whole.items():
+        torch.testing.assert_close(torch.stack([part[name] for part in parts]).mean(), value)
+    torch.stack([part["total"] for part in parts]).mean().backward()
+    torch.testing.assert_close(parts_image.grad, whole_image.grad)
+
+
+def test_a_step_without_any_label_or_valid_pixel_costs_nothing():
+    batch = make_batch()
+    batch.valid[:], batch.label[:] = False, 255
+    parts = joint_loss(make_output(batch), batch, load_config("msrs").loss, count_pixels(batch))
+    assert {name for name, value in parts.items() if value != 0} == {"balance", "total"}
+    assert all(value.isfinite() for value in parts.values())

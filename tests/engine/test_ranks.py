@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 
 from configs import load_config
 from engine.checkpoint import load_checkpoint
@@ -17,7 +18,7 @@ from utils.run_folder import RunFolder
 pytestmark = pytest.mark.slow
 
 WORKER = """
-import os, sys, time
+import atexit, os, signal, sys, time
 from pathlib import Path
 import torch
 from torch import nn
@@ -50,18 +51,25 @@ class Network(nn.Module):
 
 
 def main():
-    scratch, fails = Path(sys.argv[1]), sys.argv[2] == "fails"
-    config = load_config("demo", sys.argv[3:])
+    words = [word for word in sys.argv[1:] if not word.startswith("--local-rank")]
+    scratch, then, device = Path(words[0]), words[1], words[2]
+    config = load_config("demo", words[3:])
     folder = RunFolder(config)
     resume_from = starting_point(folder, resume=True)
-    devices = setup_devices("cpu", None)
+    devices = setup_devices(device if device == "cpu" else None, None)
     (scratch / f"pid{devices.rank}of{devices.world_size}").write_text(str(os.getpid()))
+    while then == "goes on" and devices.world_size == 1 and not (scratch / "pid1of2").exists():
+        time.sleep(0.05)  # for the other host, which may be slow to come
     real, seen = step.joint_loss, []
 
     def joint_loss(*arguments):
         seen.append(1)
-        if fails and devices.rank == 1 and len(seen) == 3:
-            raise InputError("image 7 of rank 1 is no image")
+        if devices.rank == 1 and len(seen) == 3:
+            if then == "fails":
+                atexit.register(time.sleep, 60)  # an orderly end would wait, as NCCL's may
+                raise InputError("image 7 of rank 1 is no image")
+            if then == "dies":
+                os.kill(os.getpid(), signal.SIGKILL)
         return real(*arguments)
 
     step.joint_loss = joint_loss
@@ -89,7 +97,9 @@ def launch(demo_dataset, tmp_path):
     (tmp_path / "worker.py").write_text(WORKER)
     started = []
 
-    def start(*options: str, then: str, epochs: int) -> subprocess.Popen:
+    def start(
+        *options: str, then: str, epochs: int, module: str = "run", device: str = "cpu"
+    ) -> subprocess.Popen:
         settings = [
             f"data.dataset_path={demo_dataset}",
             f"experiment_path={tmp_path}",
@@ -99,9 +109,9 @@ def launch(demo_dataset, tmp_path):
             "train.save_every_s=0",
             "train.log_every=1",
         ]
-        launcher = [sys.executable, "-m", "torch.distributed.run", *options]
+        launcher = [sys.executable, "-m", f"torch.distributed.{module}", *options]
         process = subprocess.Popen(
-            [*launcher, str(tmp_path / "worker.py"), str(tmp_path), then, *settings],
+            [*launcher, str(tmp_path / "worker.py"), str(tmp_path), then, device, *settings],
             env={**os.environ, "PYTHONPATH": os.getcwd(), "OMP_NUM_THREADS": "1"},
             stderr=subprocess.PIPE,
             text=True,
@@ -124,17 +134,51 @@ def wait_for(path: Path, text: str, *processes: subprocess.Popen) -> None:
         time.sleep(0.05)
 
 
-def test_a_rank_that_dies_ends_the_others_with_its_error_on_screen(launch, tmp_path):
-    process = launch("--standalone", "--nproc_per_node=2", then="fails", epochs=1000)
-    wait_for(tmp_path / "pid1of2", "", process)
+def wait_for_port(port: int) -> None:
+    end = time.monotonic() + 60
+    while True:
+        with socket.socket() as probe:
+            if probe.connect_ex(("127.0.0.1", port)) == 0:
+                return
+        assert time.monotonic() < end, "nobody listens"
+        time.sleep(0.05)
+
+
+@pytest.mark.parametrize(
+    ("then", "module", "error"),
+    [
+        ("fails", "launch", "error: image 7 of rank 1 is no image"),
+        ("dies", "run", "Signal 9 (SIGKILL) received"),
+    ],
+)
+def test_a_rank_that_dies_ends_the_others_with_its_error_on_screen(
+    launch, tmp_path, then, module, error
+):
+    process = launch("--nproc_per_node=2", then=then, epochs=1000, module=module)
+    assert_ends_in_time(process, tmp_path, error)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
+@pytest.mark.parametrize(
+    ("then", "error"), [("fails", "error: image 7"), ("dies", "Signal 9 (SIGKILL) received")]
+)
+def test_a_rank_that_dies_frees_the_other_ranks_gpu(launch, tmp_path, then, error):
+    """NCCL itself would wait for it for ten minutes."""
+    process = launch("--nproc_per_node=2", then=then, epochs=1000, device="cuda")
+    assert_ends_in_time(process, tmp_path, error)
+
+
+def assert_ends_in_time(process: subprocess.Popen, scratch: Path, error: str) -> None:
+    wait_for(scratch / "pid1of2", "", process)
     begin = time.monotonic()
-    _, err = process.communicate(timeout=60)
+    _, err = process.communicate(timeout=90)
     assert time.monotonic() - begin < 30
     assert process.returncode != 0
-    assert "error: image 7 of rank 1 is no image" in err
+    assert error in err
     for rank in range(2):
         with pytest.raises(ProcessLookupError):
-            os.kill(int((tmp_path / f"pid{rank}of2").read_text()), 0)
+            os.kill(int((scratch / f"pid{rank}of2").read_text()), 0)
 
 
 def test_a_host_that_is_lost_leaves_the_run_to_the_other(launch, tmp_path):
@@ -150,11 +194,12 @@ def test_a_host_that_is_lost_leaves_the_run_to_the_other(launch, tmp_path):
         f"--rdzv_endpoint=127.0.0.1:{port}",
         "--rdzv_conf=last_call_timeout=2,keep_alive_interval=1,keep_alive_max_attempt=2",
     ]
-    first = launch(*options, then="goes on", epochs=20)  # it holds the rendezvous
-    time.sleep(1)
+    first = launch(*options, then="goes on", epochs=20)
+    wait_for_port(port)  # the first holds the rendezvous
     second = launch(*options, then="goes on", epochs=20)
     config = load_config("demo", [f"experiment_path={tmp_path}"])
     folder = RunFolder(config)
+    wait_for(tmp_path / "pid1of2", "", first, second)
     wait_for(folder.metrics_file, '"step": 6,', first, second)
     workers = [int((tmp_path / f"pid{rank}of2").read_text()) for rank in range(2)]
     parents = {

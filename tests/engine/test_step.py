@@ -10,11 +10,13 @@ import torch.distributed as dist
 from torch import nn
 
 from configs import load_config
+from engine import memory
 from engine import step as step_module
 from engine.losses import joint_loss
+from engine.memory import explained_full_evaluation, explained_out_of_memory
 from engine.state import TrainingState, build_state, check_batch
-from engine.step import explained_out_of_memory, split_batch, summarize, train_step
-from models import CMFSOutput
+from engine.step import split_batch, summarize, train_step
+from models import CMFSOutput, build_model
 from models.text_prior import TextPrior
 from utils.distributed import Devices
 from utils.errors import InputError
@@ -53,11 +55,13 @@ def config_with(*overrides: str):
     return load_config("demo", ["train.batch_size=4", *overrides])
 
 
-def batch_of(size: int) -> Pairs:
+def batch_of(size: int, side: int = 8) -> Pairs:
     generator = torch.Generator().manual_seed(2)
-    images = torch.rand(2, size, 3, 8, 8, generator=generator)
-    labels = torch.randint(CLASSES, (size, 8, 8), generator=generator)
-    valid = torch.ones(size, 8, 8, dtype=torch.bool)
+    images = torch.rand(2, size, 3, side, side, generator=generator)
+    labels = torch.randint(CLASSES, (size, side, side), generator=generator)
+    valid = torch.ones(size, side, side, dtype=torch.bool)
+    valid[0, 3:] = False  # images differ in padding and in unknown labels
+    labels[~valid] = labels[1, :, 2:] = 255
     return Pairs(*images, labels, valid, [f"image{i}" for i in range(size)])
 
 
@@ -73,7 +77,7 @@ def snapshot(state: TrainingState) -> dict[str, torch.Tensor]:
         for index, values in state.optimizer.state_dict()["state"].items()
         for name, value in values.items()
     }
-    return copy.deepcopy({**state.model.state_dict(), **moments})
+    return {name: value.clone() for name, value in {**state.model.state_dict(), **moments}.items()}
 
 
 def changed(before: dict[str, torch.Tensor], state: TrainingState) -> set[str]:
@@ -272,7 +276,7 @@ def test_a_full_gpu_names_what_filled_it_and_what_helps(monkeypatch):
         "train.batch_size=8", "train.accumulation=2", "train.crop=[480,640]", "train.precision=bf16"
     )
     monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: 23 * 2**30)
-    monkeypatch.setattr(step_module, "_total_memory", lambda device: 24 * 2**30)
+    monkeypatch.setattr(memory, "_total_memory", lambda device: 24 * 2**30)
     with pytest.raises(InputError) as error, explained_out_of_memory(config, CPU.device):
         raise torch.cuda.OutOfMemoryError("CUDA out of memory")
     text = str(error.value)
@@ -281,6 +285,11 @@ def test_a_full_gpu_names_what_filled_it_and_what_helps(monkeypatch):
         "train.accumulation=4", "train.crop",
     ):  # fmt: skip
         assert words in text
+    with (
+        pytest.raises(InputError, match=r"8 images of 480x640 .* eval.crop=\[240,320\]"),
+        explained_full_evaluation(8, (480, 640), CPU.device),
+    ):
+        raise torch.cuda.OutOfMemoryError("CUDA out of memory")
 
 
 def test_other_errors_pass_the_memory_guard():
@@ -291,14 +300,20 @@ def test_other_errors_pass_the_memory_guard():
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("precision", ["float32", "bf16", "fp16"])
-def test_a_step_never_waits_for_the_gpu(precision):
+@pytest.mark.parametrize("is_whole", [False, True], ids=["a convolution", "CMFS"])
+def test_a_step_never_waits_for_the_gpu(precision, is_whole):
     config = config_with(
-        f"train.precision={precision}", "train.max_bad_steps=1", "train.ema_decay=0.9"
-    )
+        f"train.precision={precision}", "train.max_bad_steps=1", "train.ema_decay=0.9",
+        "train.accumulation=2", "train.clip_grad_norm=1.0", "train.crop=[32,32]",
+    )  # fmt: skip
     device = torch.device("cuda", 0)
-    state = state_of(config, devices=Devices(device, 0, 0, 1))
-    state.model.expert_shares = lambda: torch.zeros(1, 2, device=device)
-    batch = Pairs(*(x.to(device) if isinstance(x, torch.Tensor) else x for x in batch_of(4)))
+    devices = Devices(device, 0, 0, 1)
+    if is_whole:
+        state = build_state(config, build_model(config), devices, steps_per_epoch=4)
+    else:
+        state = state_of(config, devices=devices)
+        state.model.expert_shares = lambda: torch.zeros(1, 2, device=device)
+    batch = Pairs(*(x.to(device) if isinstance(x, torch.Tensor) else x for x in batch_of(4, 32)))
     bad = batch._replace(rgb=torch.full_like(batch.rgb, torch.nan))
     train_step(state, batch, config)  # makes moments and kernels
     torch.cuda.set_sync_debug_mode("error")

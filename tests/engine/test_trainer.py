@@ -8,14 +8,16 @@ import signal
 import socket
 import subprocess
 import sys
+from multiprocessing import get_context
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import nn
 
 from configs import Config, load_config
 from dataloader.build import build_eval_loader, build_train_loader
-from engine import step, trainer
+from engine import memory, step, trainer
 from engine.checkpoint import load_checkpoint
 from engine.state import starting_point
 from engine.trainer import fit
@@ -92,12 +94,13 @@ def run(
     """What train.py does between its arguments and its exit code."""
     folder = RunFolder(config, exp)
     resume_from = starting_point(folder, resume=resume)
-    seed_everything(config.seed)
+    seed_everything(config.seed + devices.rank)
+    ranks = {"rank": devices.rank, "world_size": devices.world_size}
     return fit(
         config,
         build(config, from_checkpoint=resume_from is not None),
-        build_train_loader(config),
-        build_eval_loader(config, "val"),
+        build_train_loader(config, **ranks),
+        build_eval_loader(config, "val", **ranks),
         folder=folder,
         devices=devices,
         resume_from=resume_from,
@@ -155,13 +158,20 @@ def assert_same(found, expected, where="checkpoint"):
 
 
 @pytest.mark.parametrize(
-    ("stop_after", "build"),
-    [(3, build_model), (3, build_small), (4, build_small)],
-    ids=["CMFS, inside an epoch", "inside an epoch", "at its end"],
+    ("stop_after", "build", "precision"),
+    [
+        (3, build_model, "float32"),
+        (3, build_small, "float32"),
+        (4, build_small, "float32"),
+        (3, build_small, "fp16"),
+    ],
+    ids=["CMFS, inside an epoch", "inside an epoch", "at its end", "scaled"],
 )
-def test_stop_and_resume_equal_one_run_bit_for_bit(configure, monkeypatch, stop_after, build):
+def test_stop_and_resume_equal_one_run_bit_for_bit(
+    configure, monkeypatch, stop_after, build, precision
+):
     """Method, Sec. 8, defect 2: network, optimiser, position, generators and best come back."""
-    config = configure("train.max_steps=6", "train.val_every=1")
+    config = configure("train.max_steps=6", "train.val_every=1", f"train.precision={precision}")
     assert run(config, "whole", build=build) == 0
 
     with monkeypatch.context() as patch:
@@ -175,6 +185,7 @@ def test_stop_and_resume_equal_one_run_bit_for_bit(configure, monkeypatch, stop_
     expected, found = (load_checkpoint(folder.last_checkpoint) for folder in (whole, parts))
     assert any(len(state) for state in expected.training_state["optimizer"]["state"].values())
     assert expected.training_state["best_miou"] is not None
+    assert (expected.training_state["scaler"] is not None) == (precision == "fp16")
     assert_same(found._asdict(), expected._asdict())
     best, best_found = (load_checkpoint(folder.best_checkpoint) for folder in (whole, parts))
     assert_same(best_found._asdict(), best._asdict())
@@ -243,6 +254,32 @@ def test_the_weights_average_is_scored_kept_and_resumed(configure, monkeypatch):
     assert moved <= 1.1 * config.train.lr, "more than one step away from the trained weights"
 
 
+def test_a_signal_ends_a_validation_which_a_resumed_run_does_anew(configure, monkeypatch):
+    config = configure(
+        "train.max_steps=6", "train.val_every=1", "eval.batch_size=1", "train.save_every_s=1000"
+    )
+    run(config, "whole")
+    seen = []
+
+    def evaluate(model, loader, *_, **__):
+        for batch in loader:
+            seen.append(batch.name)
+            os.kill(os.getpid(), signal.SIGTERM)
+        return {"miou": 1.0, "class_iou": {}}
+
+    with monkeypatch.context() as patch:
+        patch.setattr(trainer, "evaluate_segmentation", evaluate)
+        assert run(config, "parts") == signal.SIGTERM
+    assert len(seen) == 1, "the rest of the split was scored after the signal"
+    folders = [RunFolder(config, exp) for exp in ("whole", "parts")]
+    assert load_checkpoint(folders[1].last_checkpoint).step == 4
+    assert not folders[1].best_checkpoint.exists(), "half a validation counts for nothing"
+    assert run(config, "parts", resume=True) == 0
+    for name in ("last_checkpoint", "best_checkpoint"):
+        expected, found = (load_checkpoint(getattr(folder, name)) for folder in folders)
+        assert_same(found._asdict(), expected._asdict())
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_ends_the_run_after_its_step(configure, monkeypatch, no_validation, number):
     config = configure("train.log_every=100")
@@ -273,7 +310,7 @@ def test_a_loss_that_is_not_finite_says_where_and_saves_nothing(
                 yield batch
 
     real = build_train_loader
-    monkeypatch.setitem(globals(), "build_train_loader", lambda config: Loader(real(config)))
+    monkeypatch.setitem(globals(), "build_train_loader", lambda *a, **k: Loader(real(*a, **k)))
     change_loss(monkeypatch, poison_at(7))
     with pytest.raises(FloatingPointError) as error:
         run(config)
@@ -346,7 +383,7 @@ def test_a_full_gpu_ends_the_run_with_its_numbers(configure, monkeypatch, no_val
 
     change_loss(monkeypatch, fill)
     monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: 2**30)
-    monkeypatch.setattr(step, "_total_memory", lambda device: 2**31)
+    monkeypatch.setattr(memory, "_total_memory", lambda device: 2**31)
     with pytest.raises(InputError, match="2 images of 32x32 .* peak 1.0 of 2.0 GiB"):
         run(configure())
 
@@ -480,6 +517,33 @@ def test_clipping_bounds_the_gradient(configure, monkeypatch, no_validation):
     assert norms[1] > 1e-2
 
 
+def test_a_norm_beyond_float32_does_no_harm(configure, monkeypatch, no_validation):
+    """Its square is infinite, every single gradient finite."""
+
+    def enlarge(now, parts):
+        if now == 2:
+            parts["total"].register_hook(lambda gradient: gradient * 1e25)
+
+    change_loss(monkeypatch, enlarge)
+    assert run(configure("train.max_steps=2")) == 0
+    assert run(configure("train.max_steps=2", "train.clip_grad_norm=1"), "clipped") == 0
+
+
+@pytest.mark.parametrize(
+    ("lr", "clip", "size", "is_warned"),
+    [
+        ("6.0e-5", "none", "tiny", False),
+        ("4.0e-4", "none", "tiny", True),
+        ("4.0e-4", "1.0", "tiny", False),
+        ("4.0e-3", "none", "demo", False),
+    ],
+)
+def test_a_large_rate_without_clipping_is_warned_of(caplog, lr, clip, size, is_warned):
+    overrides = [f"train.lr={lr}", f"train.clip_grad_norm={clip}", f"model.size={size}"]
+    trainer.warn_of_collapse(load_config("demo", overrides))
+    assert ("train.clip_grad_norm=1.0 guards" in caplog.text) == is_warned
+
+
 @pytest.mark.parametrize(
     ("precision", "build"), [("bf16", build_model), ("fp16", build_small)], ids=["bf16", "fp16"]
 )
@@ -495,7 +559,7 @@ def test_autocast_trains(configure, no_validation, precision, build):
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("precision", ["float32", "bf16", "fp16"])
 def test_on_a_gpu_a_run_stops_and_goes_on(configure, monkeypatch, precision):
-    config = configure("train.max_steps=6", f"train.precision={precision}")
+    config = configure("train.max_steps=6", f"train.precision={precision}", "train.ema_decay=0.9")
     on_gpu = {"build": build_model, "devices": Devices(torch.device("cuda", 0), 0, 0, 1)}
     with monkeypatch.context() as patch:
         change_loss(patch, kill_at(3, signal.SIGTERM))
@@ -503,10 +567,25 @@ def test_on_a_gpu_a_run_stops_and_goes_on(configure, monkeypatch, precision):
     assert run(config, resume=True, **on_gpu) == 0
     saved = load_checkpoint(RunFolder(config).last_checkpoint)
     moments = saved.training_state["optimizer"]["state"].values()
-    assert {float(m["step"]) for m in moments} <= {4.0, 5.0, 6.0}  # fp16 may have skipped some
+    scale = saved.training_state["scaler"]["scale"] if precision == "fp16" else 65536
+    halved = round(math.log2(65536 / scale))
+    assert {float(m["step"]) for m in moments} == {6.0 - halved}, "each overflow skips one"
     assert all(t.isfinite().all() for m in moments for t in m.values())
     assert "cuda" in saved.training_state["rng"][0]
     assert [line["step"] for line in metrics_of(config)] == [1, 2, 3, 4, 5, 6]
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_a_gpu_that_is_full_is_named_with_its_numbers(configure, no_validation):
+    config = configure("train.batch_size=8", "train.crop=[480,640]")
+    torch.cuda.empty_cache()
+    torch.cuda.set_per_process_memory_fraction(0.004)  # a third of a GiB of 80
+    try:
+        with pytest.raises(InputError, match="8 images of 480x640 .*accumulation=2.* smaller"):
+            run(config, build=build_model, devices=Devices(torch.device("cuda", 0), 0, 0, 1))
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)
 
 
 def touch_checkpoints(config: Config, *names: str) -> RunFolder:
@@ -522,6 +601,17 @@ def test_another_runs_folder_is_not_overwritten(configure, name):
     folder = touch_checkpoints(configure(), name)
     with pytest.raises(InputError, match="--resume, or begin another one with --exp NAME"):
         starting_point(folder, resume=False)
+
+
+def test_a_log_without_a_checkpoint_is_not_overwritten_unasked(configure):
+    folder = RunFolder(configure())
+    folder.path.mkdir(parents=True)
+    folder.metrics_file.write_text("")
+    assert starting_point(folder, resume=False) is None
+    folder.metrics_file.write_text('{"step": 10}\n')
+    with pytest.raises(InputError, match="log of a run that saved no checkpoint: .* --exp NAME"):
+        starting_point(folder, resume=False)
+    assert starting_point(folder, resume=True) is None
 
 
 def test_resume_needs_the_last_checkpoint(configure):
@@ -595,8 +685,8 @@ def test_resume_with_another_recipe_says_so(begun, caplog):
 def test_resume_with_another_list_is_refused(begun, monkeypatch):
     real = build_train_loader
 
-    def shorter(config):
-        loader = real(config)
+    def shorter(*arguments, **ranks):
+        loader = real(*arguments, **ranks)
         loader.batch_sampler.length = 6
         return loader
 
@@ -614,6 +704,52 @@ def without_batch_statistics(module: nn.Module) -> None:
             child.p = 0.0
         else:
             without_batch_statistics(child)
+
+
+def run_of_rank(rank: int, folder: str, config: Config, exp: str, resume: bool, stop: int) -> None:
+    """One of two ranks, whose second sends itself SIGTERM in step `stop` (0: never)."""
+    torch.set_num_threads(1)
+    dist.init_process_group(
+        "gloo", f"file://{folder}/store-{exp}-{resume}", rank=rank, world_size=2
+    )
+    scores = {"miou": 0.5, "class_iou": {}}
+    trainer.evaluate_segmentation = lambda *_, **__: scores
+    with pytest.MonkeyPatch.context() as patch:
+        if rank == 1:
+            change_loss(patch, kill_at(stop, signal.SIGTERM))
+        code = run(config, exp, resume=resume, devices=Devices(CPU.device, rank, rank, 2))
+    dist.destroy_process_group()
+    os._exit(code)
+
+
+def test_two_ranks_stop_and_resume_bit_for_bit(configure, tmp_path):
+    """Each rank's generator comes back; a signal to any one of them stops both."""
+    config = configure(
+        "train.max_steps=6", "train.batch_size=4", "train.ema_decay=0.5", "train.epochs=9"
+    )
+    context = get_context("fork")
+
+    def run_both(exp: str, *, resume: bool = False, stop: int = 0) -> list[int]:
+        arguments = (str(tmp_path), config, exp, resume, stop)
+        ranks = [context.Process(target=run_of_rank, args=(r, *arguments)) for r in range(2)]
+        for rank in ranks:
+            rank.start()
+        for rank in ranks:
+            rank.join(timeout=60)
+        return [rank.exitcode for rank in ranks]
+
+    assert run_both("whole") == [0, 0]
+    assert run_both("parts", stop=3) == [signal.SIGTERM] * 2
+    whole, parts = (RunFolder(config, exp) for exp in ("whole", "parts"))
+    stopped = load_checkpoint(parts.last_checkpoint)
+    assert stopped.step == 3
+    assert stopped.training_state["batch"] == 1, "in the middle of an epoch"
+    generators = [state["cpu"] for state in stopped.training_state["rng"]]
+    assert not torch.equal(*generators), "both ranks draw the same numbers"
+    assert run_both("parts", resume=True) == [0, 0]
+    expected, found = (load_checkpoint(folder.last_checkpoint) for folder in (whole, parts))
+    assert expected.step == 6
+    assert_same(found._asdict(), expected._asdict())
 
 
 TWO_RANKS = f"""

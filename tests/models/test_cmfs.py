@@ -5,6 +5,7 @@ import torch
 from torch import nn
 
 from configs import load_config
+from engine.inference import use_tf32
 from models import CMFSOutput, build_model
 from models.ops.haar import haar_dwt2
 from models.text_prior import TextPrior
@@ -59,6 +60,49 @@ def test_every_parameter_gets_a_gradient(model):
     (output.logits.square().mean() + output.fused.mean() + output.balance_loss).backward()
     assert [name for name, p in model.named_parameters() if p.grad is None] == []
     assert all(torch.isfinite(p.grad).all() for p in model.parameters())
+
+
+def test_the_paper_s_size_takes_odd_images_in_any_batch():
+    torch.manual_seed(0)
+    options = ["model.text_prior=orthogonal", "model.pretrained=none"]
+    model = build_model(load_config("mfnet", options))
+    rgb, thermal = images((33, 47))
+    output = model(rgb, thermal)
+    (output.logits.square().mean() + output.fused.mean() + output.balance_loss).backward()
+    assert [name for name, p in model.named_parameters() if p.grad is None] == []
+    model.eval()
+    with torch.no_grad():
+        together, single = model(rgb, thermal), model(rgb[:1], thermal[:1])
+    assert together.logits.shape == (2, 9, 33, 47)
+    assert (single.logits[0] - together.logits[0]).abs().max() < 1e-4
+    assert (single.fused[0] - together.fused[0]).abs().max() < 1e-4
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("hw", SIZES, ids=str)
+@pytest.mark.parametrize(
+    ("dtype", "tolerance", "of_gradients"),
+    [(torch.float32, 1e-3, 1e-2), (torch.bfloat16, 0.1, 0.5)],  # bfloat16 has 8 bits
+    ids=["float32", "bfloat16"],
+)
+def test_a_gpu_gives_the_outputs_and_gradients_of_the_cpu(
+    model, hw, dtype, tolerance, of_gradients
+):
+    use_tf32(False)
+    model.eval()  # batch statistics of a 1x1 map would enlarge any rounding
+    found = []
+    for device in ("cpu", "cuda"):
+        network = model.to(device)
+        network.zero_grad()
+        with torch.autocast(device, dtype, enabled=device == "cuda" and dtype != torch.float32):
+            output = network(*(image.to(device) for image in images(hw)))
+        (output.logits.float().square().mean() + output.fused.float().mean()).backward()
+        gradient = torch.cat([p.grad.flatten() for p in network.parameters() if p.grad is not None])
+        found.append([x.detach().float().cpu() for x in (output.logits, output.fused, gradient)])
+    for expected, given, limit in zip(*found, (tolerance, tolerance, of_gradients), strict=True):
+        assert given.isfinite().all()
+        assert (given - expected).norm() <= limit * expected.norm()
 
 
 def test_bfloat16_autocast(model):

@@ -1,9 +1,12 @@
 """Common flags, exit codes and the orderly stop."""
 
+import ctypes
 import errno
 import logging
 import os
 import signal
+import threading
+import time
 
 import pytest
 
@@ -133,3 +136,91 @@ def test_signals_are_noted_and_handlers_put_back():
         os.kill(os.getpid(), signal.SIGINT)
         assert stop.signal == signal.SIGTERM
     assert (signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)) == before
+
+
+def finish_of(child, capfd) -> tuple[int, str]:
+    """Fork, run child() until it says that it is ready, send SIGTERM; its exit code and stderr."""
+    ready, told = os.pipe()
+    pid = os.fork()
+    if pid == 0:
+        try:
+            child(lambda: os.write(told, b"x"))
+            os._exit(0)
+        finally:
+            os._exit(99)
+    os.read(ready, 1)
+    os.kill(pid, signal.SIGTERM)
+    begin = time.monotonic()
+    _, status = os.waitpid(pid, 0)
+    assert time.monotonic() - begin < 20
+    for end in (ready, told):
+        os.close(end)
+    return os.waitstatus_to_exitcode(status), capfd.readouterr().err
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_a_step_that_is_stuck_in_the_driver_ends_with_the_process(capfd):
+    """The main thread never returns to Python, where handlers of signals run."""
+
+    def child(tell):
+        lock = ctypes.CDLL(None).pthread_mutex_lock
+        mutex = ctypes.create_string_buffer(64)
+        with StopRequest(patience_s=0.2):
+            lock(mutex)
+            tell()
+            lock(mutex)
+
+    code, err = finish_of(child, capfd)
+    assert code == 1
+    assert "error: SIGTERM came 0.2 s ago and the step has not ended" in err
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_a_loop_that_asks_may_save_as_long_as_it_takes(capfd):
+    """Other signals, such as a loader's end, start no clock."""
+
+    def child(tell):
+        signal.signal(signal.SIGCHLD, lambda *_: None)
+        with StopRequest(patience_s=0.2) as stop:
+            os.kill(os.getpid(), signal.SIGCHLD)
+            time.sleep(0.5)
+            tell()
+            while not stop.asked():
+                time.sleep(0.01)
+            time.sleep(0.5)
+        os._exit(128 + stop.signal)
+
+    assert finish_of(child, capfd) == (143, "")
+
+
+def test_a_stop_request_leaves_nothing_behind():
+    before = threading.active_count()
+    with StopRequest(patience_s=60):
+        assert threading.active_count() == before + 1
+    assert threading.active_count() == before
+    assert signal.set_wakeup_fd(-1) == -1
+
+
+@pytest.mark.parametrize(("error", "lines"), [(OSError(errno.ENOSPC, "full"), 0), (KeyError(1), 1)])
+def test_a_full_disk_under_a_thread_is_left_to_the_main_thread(error, lines, capsys, monkeypatch):
+    monkeypatch.setattr(threading, "excepthook", threading.__excepthook__)
+
+    def fail():
+        raise error
+
+    def main():
+        thread = threading.Thread(target=fail)
+        thread.start()
+        thread.join()
+
+    code, err = outcome_of(main, capsys)
+    assert code == 0
+    assert err.count("Traceback") == lines
+
+
+def test_a_full_disk_under_the_log_file_is_one_line(tmp_path, capsys):
+    (tmp_path / "train_output.log").symlink_to("/dev/full")
+    setup_logging(tmp_path / "train_output.log")
+    code, err = outcome_of(lambda: logging.getLogger().info("a line"), capsys)
+    assert (code, err) == (2, f"error: {os.strerror(errno.ENOSPC)}: while writing\n")
+    logging.getLogger().handlers[-1].stream = None
