@@ -35,6 +35,7 @@ from dataloader.dataset import read_split
 from engine.checkpoint import load_model, select_checkpoints
 from engine.evaluate import Batch, evaluate_segmentation
 from engine.extremes import draw_extremes
+from engine.graphs import GraphedModel
 from engine.inference import Prediction, use_tf32
 from engine.report import curves_report, segmentation_report
 from engine.results import (
@@ -131,7 +132,7 @@ def score(
     with PictureWriter() as writer:
         write = functools.partial(write_pictures, writer, target, config.data)
         scores = evaluate_segmentation(
-            model,
+            GraphedModel(model),
             loader,
             config,
             devices.device,

@@ -31,6 +31,7 @@ from dataloader.build import build_eval_loader
 from engine.checkpoint import load_model, select_checkpoints
 from engine.evaluate import Batch, evaluate_fusion
 from engine.extremes import draw_extremes
+from engine.graphs import GraphedModel
 from engine.inference import Prediction, describe_inference, use_tf32
 from engine.report import curves_report, fusion_report
 from engine.results import (
@@ -129,7 +130,7 @@ def export(
     rows = dict.fromkeys(evenly_picked(names, SHEET_ROWS))
     with PictureWriter() as writer:
         scores = evaluate_fusion(
-            model,
+            GraphedModel(model),
             loader,
             config,
             devices.device,

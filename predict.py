@@ -38,12 +38,13 @@ from typing import NamedTuple
 import cv2
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm import tqdm
 
 from configs import Config, dump_config, load_config
 from dataloader.dataset import files_by_stem
 from engine.checkpoint import load_model
+from engine.graphs import GraphedModel
 from engine.inference import (
     Prediction,
     inference_options,
@@ -136,6 +137,7 @@ def main() -> None:
     if arguments.tile:
         overrides.append("eval.crop=[{},{}]".format(*arguments.tile))
     model, config = load(arguments.checkpoint, devices.device, overrides)
+    model = GraphedModel(model)
     use_tf32(config.train.tf32)
     palette = config.data.palette
     if source.frames_per_s is None:
@@ -277,7 +279,9 @@ def same_size(pairs: Iterable[Pair], count: int) -> Iterator[list[Pair]]:
         yield batch
 
 
-def process(pairs: list[Pair], model: CMFS, config: Config, device: torch.device) -> Prediction:
+def process(
+    pairs: list[Pair], model: nn.Module, config: Config, device: torch.device
+) -> Prediction:
     """Predict pairs of one size together; InputError names the one that does not fit."""
     tensors = []
     for pair in pairs:

@@ -4,17 +4,25 @@
     python benchmarks/model.py --size 240 320 --batch 8 --precision bf16 --backend chunked triton
 
 Random images and weights; medians of the timed repeats after a warm-up; one table per call.
+"replayed" is the forward as eval.py and predict.py run it on a GPU, recorded as a CUDA graph.
 """
 
 import argparse
 import statistics
+import sys
 import time
 from collections.abc import Callable
+from pathlib import Path
 from types import SimpleNamespace
 
 import torch
+from torch import nn
+
+if __name__ == "__main__":  # started as a file: the project's packages lie one folder up
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from configs import Config, load_config
+from engine.graphs import GraphedModel
 from engine.losses import joint_loss
 from engine.optim import build_optimizer
 from models import CMFS, build_model
@@ -34,8 +42,10 @@ def main() -> None:
     arguments = parser.parse_args()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     print(f"machine: {environment_info()}")
-    print("| scan | precision | forward b1 ms | peak GB | train step ms | batch | peak GB |")
-    print("|---|---|---|---|---|---|---|")
+    print(
+        "| scan | precision | forward b1 ms | peak GB | replayed ms | train step ms | batch | peak GB |"
+    )
+    print("|" + "---|" * 8)
     for backend in arguments.backend:
         config = load_config(
             "msrs",
@@ -49,13 +59,16 @@ def main() -> None:
         )
         model = build_model(config).to(device)
         for precision in arguments.precision:
-            forward = measure(forward_once(model, config, device, precision), device, arguments)
+            forward, replayed = (
+                measure(forward_once(network, config, device, precision), device, arguments)
+                for network in (model, GraphedModel(model))
+            )
             train = measure(
                 step_once(model, config, device, precision, arguments.batch), device, arguments
             )
             print(
                 f"| {backend} | {precision} | {forward[0]:.1f} | {forward[1]:.2f} "
-                f"| {train[0]:.1f} | {arguments.batch} | {train[1]:.2f} |",
+                f"| {replayed[0]:.1f} | {train[0]:.1f} | {arguments.batch} | {train[1]:.2f} |",
                 flush=True,
             )
 
@@ -68,7 +81,7 @@ PRECISIONS = {  # autocast dtype, TF32
 
 
 def forward_once(
-    model: CMFS, config: Config, device: torch.device, precision: str
+    model: nn.Module, config: Config, device: torch.device, precision: str
 ) -> Callable[[], None]:
     batch = random_batch(config, device, 1)
 
@@ -119,7 +132,7 @@ def measure(
 ) -> tuple[float, float]:
     """Median milliseconds and peak gigabytes (0 on a CPU)."""
     is_cuda = device.type == "cuda"
-    for _ in range(2):
+    for _ in range(3):
         run()
     if is_cuda:
         torch.cuda.synchronize()

@@ -9,12 +9,17 @@ is the fastest way to write the recurrence down without a backward of one's own.
 """
 
 import argparse
+import sys
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+if __name__ == "__main__":  # started as a file: the project's packages lie one folder up
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from models.ops.selective_scan import selective_scan
 from utils.environment import environment_info

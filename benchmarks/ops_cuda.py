@@ -16,10 +16,15 @@ import importlib.util
 import itertools
 import math
 import statistics
+import sys
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 import torch
 from torch import Tensor
+
+if __name__ == "__main__":  # started as a file: the project's packages lie one folder up
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from models.ops.selective_scan import selective_scan
 from models.ops.ss2d_scan import ss2d_scan

@@ -13,6 +13,7 @@ import triton.language as tl
 
 from models.ops.selective_scan.kernels import (
     LOG2_E,
+    SIZES,
     _join_lanes,
     _lane_ends,
     _load,
@@ -70,7 +71,7 @@ def _borders(chunk, chunks, REVERSE: tl.constexpr):
         return before, has_before, after, has_after
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def _map_ends_kernel(
     x,
     projected,
@@ -144,7 +145,7 @@ def _map_ends_kernel(
             tl.store(ends + out * N + n, tl.sum(tl.sum(share, 2), 1), mask=valid)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def _map_output_kernel(
     x,
     projected,
@@ -252,7 +253,7 @@ def _map_output_kernel(
             tl.debug_barrier()  # what comes next reads the states and outputs that this one stored
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def _map_gradient_kernel(
     grad_y,
     x,
