@@ -42,9 +42,9 @@ def main() -> None:
     arguments = parser.parse_args()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     print(f"machine: {environment_info()}")
-    print(
-        "| scan | precision | forward b1 ms | peak GB | replayed ms | train step ms | batch | peak GB |"
-    )
+    columns = ("scan", "precision", "forward b1 ms", "peak GB", "replayed ms")
+    columns += ("train step ms", "batch", "peak GB")
+    print(f"| {' | '.join(columns)} |")
     print("|" + "---|" * 8)
     for backend in arguments.backend:
         config = load_config(
