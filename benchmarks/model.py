@@ -38,14 +38,15 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=4, help="of the train step")
     parser.add_argument("--precision", nargs="+", default=["tf32"], choices=PRECISIONS)
     parser.add_argument("--backend", nargs="+", default=["auto"])
+    parser.add_argument("--recompute", nargs="+", default=["false", "true"])
     parser.add_argument("--repeats", type=int, default=10)
     arguments = parser.parse_args()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     print(f"machine: {environment_info()}")
     columns = ("scan", "precision", "forward b1 ms", "peak GB", "replayed ms")
-    columns += ("train step ms", "batch", "peak GB")
+    columns += ("batch", "recompute", "train step ms", "peak GB")
     print(f"| {' | '.join(columns)} |")
-    print("|" + "---|" * 8)
+    print("|" + "---|" * 9)
     for backend in arguments.backend:
         config = load_config(
             "msrs",
@@ -63,14 +64,16 @@ def main() -> None:
                 measure(forward_once(network, config, device, precision), device, arguments)
                 for network in (model, GraphedModel(model))
             )
-            train = measure(
-                step_once(model, config, device, precision, arguments.batch), device, arguments
-            )
-            print(
-                f"| {backend} | {precision} | {forward[0]:.1f} | {forward[1]:.2f} "
-                f"| {replayed[0]:.1f} | {train[0]:.1f} | {arguments.batch} | {train[1]:.2f} |",
-                flush=True,
-            )
+            for recompute in arguments.recompute:
+                model.set_recompute(recompute == "true")
+                step = step_once(model, config, device, precision, arguments.batch)
+                train = measure(step, device, arguments)
+                print(
+                    f"| {backend} | {precision} | {forward[0]:.1f} | {forward[1]:.2f} "
+                    f"| {replayed[0]:.1f} | {arguments.batch} | {recompute} | {train[0]:.1f} "
+                    f"| {train[1]:.2f} |",
+                    flush=True,
+                )
 
 
 PRECISIONS = {  # autocast dtype, TF32

@@ -39,6 +39,7 @@ _FREE_ON_RESUME = {
     "data.palette",
     "model.pretrained",
     "model.scan_backend",
+    "model.recompute",
 }
 _FIXED_ON_RESUME = ("data.", "model.", "seed", "train.crop", "train.batch_size")
 

@@ -49,6 +49,7 @@ def build_model(config: Config, *, from_checkpoint: bool = False) -> CMFS:
         for encoder in (model.rgb_encoder, model.thermal_encoder):
             report = load_vmamba(encoder, config.model.pretrained)
         log.info("both encoders: %s", report)
+    model.set_recompute(config.model.recompute)
     for module in model.modules():
         if hasattr(module, "scan_backend"):
             module.scan_backend = config.model.scan_backend

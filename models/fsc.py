@@ -4,12 +4,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from models.layers import ChannelScale, LayerNorm2d, SqueezeGate, pad_to_multiple
+from models.layers import ChannelScale, LayerNorm2d, Recomputed, SqueezeGate, pad_to_multiple
 from models.ops.haar import haar_dwt2, haar_idwt2
 from models.ss2d import SS2D
 
 
-class FrequencySpatialCollaboration(nn.Module):
+class FrequencySpatialCollaboration(Recomputed):
     """Wavelet and spatial branches, joined in the Fourier domain. (B, C, H, W) -> (B, C, H, W).
 
     The caller adds the residual.

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from models.layers import BatchNorm2d, LayerNorm2d, Linear2d, resize
+from models.layers import BatchNorm2d, LayerNorm2d, Linear2d, Recomputed, resize
 from models.ops.sobel import sobel
 from models.ss2d import SS2D
 
@@ -70,7 +70,7 @@ class FusionHead(nn.Module):
         return torch.sigmoid(self.project(self.detail(x)).float())
 
 
-class GradientResidualBlock(nn.Module):
+class GradientResidualBlock(Recomputed):
     """Gradient residual dense block: two densely connected 3x3 convs, plus the Sobel magnitude.
 
     (B, C, H, W) -> (B, C, H, W).

@@ -1,8 +1,26 @@
 """Small layers that several parts of the network share; maps are channel-first (B, C, H, W)."""
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+
+class Recomputed(nn.Module):
+    """A part that may forget what lies inside it in training and compute it anew for the gradient.
+
+    Gradients are those of the plain part. It must not hold a BatchNorm, whose statistics would
+    count each batch twice.
+    """
+
+    recompute = False
+
+    def __call__(self, *inputs: Any) -> Any:
+        if self.recompute and self.training:
+            return checkpoint(super().__call__, *inputs, use_reentrant=False)
+        return super().__call__(*inputs)
 
 
 class LayerNorm2d(nn.LayerNorm):

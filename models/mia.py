@@ -3,12 +3,12 @@
 import torch
 from torch import Tensor, nn
 
-from models.layers import LayerNorm2d, pad_to_multiple
+from models.layers import LayerNorm2d, Recomputed, pad_to_multiple
 from models.mamba import BidirectionalMamba
 from models.text_prior import TextPrior
 
 
-class ModalInteractionAlignment(nn.Module):
+class ModalInteractionAlignment(Recomputed):
     """Shuffle and scan each modality, then let them exchange what each region needs.
 
     rgb, thermal: (B, C, H, W) -> two maps of the same shape; any H and W.

@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from models.layers import BatchNorm2d, GatedFFN, LayerNorm2d, pad_to_multiple, resize
+from models.layers import BatchNorm2d, GatedFFN, LayerNorm2d, Recomputed, pad_to_multiple, resize
 from models.mamba import Mamba
 
 
@@ -53,7 +53,7 @@ class ChannelEmbed(nn.Module):
         return self.norm(self.residual(x) + self.embed(x))
 
 
-class LowRankMoEBlock(nn.Module):
+class LowRankMoEBlock(Recomputed):
     """x + MoE(norm(x)), then x + GatedFFN(norm(x)). Returns the map and the balance loss ()."""
 
     def __init__(self, channels: int, *, d_state: int, ranks: tuple[int, ...]) -> None:
@@ -198,7 +198,7 @@ class PatchAggregation(nn.Conv2d):
         return x + self.bias[:, None, None]
 
 
-class SpatialModulatingExpert(nn.Module):
+class SpatialModulatingExpert(Recomputed):
     """SME: x + proj(striped(q) · v), then x + GatedFFN(norm(x)). (B, C, H, W) -> (B, C, H, W).
 
     striped is a depthwise 1x11 and then an 11x1 convolution.

@@ -6,11 +6,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from models.layers import LayerNorm2d, Linear2d
+from models.layers import LayerNorm2d, Linear2d, Recomputed
 from models.ops.ss2d_scan import ss2d_scan
 
 
-class SS2D(nn.Module):
+class SS2D(Recomputed):
     """in_proj -> depthwise 3x3 -> SiLU -> four-direction scan -> norm -> (· SiLU(z)) -> out_proj.
 
     VMamba (Liu et al., 2024); without z it is variant "v05_noz" and keeps the official parameter

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from torchvision.ops import StochasticDepth
 
-from models.layers import LayerNorm2d, Linear2d
+from models.layers import LayerNorm2d, Linear2d, Recomputed
 from models.ss2d import SS2D
 
 
@@ -71,7 +71,7 @@ class VMambaEncoder(nn.Module):
         return maps
 
 
-class VSSBlock(nn.Module):
+class VSSBlock(Recomputed):
     """x + drop(SS2D(norm(x))), then x + drop(MLP(norm(x)))."""
 
     def __init__(self, channels: int, *, d_state: int, mlp_ratio: float, drop_path: float) -> None:

@@ -236,3 +236,43 @@ class TestBuild:
 
     def test_source_of_the_text_prior_is_known(self, model):
         assert "orthogonal" in model.text_prior.source
+
+
+def gradients_and_kept_bytes(model):
+    """Of one training step with dropout and drop path: gradients, buffers, bytes kept for them."""
+    kept = {}
+
+    def keep(tensor):
+        if not isinstance(tensor, nn.Parameter):
+            kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    torch.manual_seed(1)
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        output = model.train()(*images((64, 96)))
+    loss = output.logits.square().mean() + output.fused.mean() + output.balance_loss
+    gradients = torch.autograd.grad(loss, list(model.parameters()))
+    buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    return gradients, buffers, sum(kept.values())
+
+
+def test_recompute_changes_memory_alone():
+    settings = ["train.crop=[64,96]", "model.drop_path=0.5"]
+    results = []
+    for recompute in ("false", "true"):
+        torch.manual_seed(0)
+        config = load_config("demo", [*settings, f"model.recompute={recompute}"])
+        results.append(gradients_and_kept_bytes(build_model(config)))
+    (plain, plain_buffers, plain_bytes), (ours, our_buffers, our_bytes) = results
+    for expected, gradient in zip(plain, ours, strict=True):
+        torch.testing.assert_close(gradient, expected, rtol=1e-5, atol=1e-7)
+    for name, buffer in plain_buffers.items():  # BatchNorm counts each batch once
+        assert torch.equal(our_buffers[name], buffer), name
+    assert our_bytes < 0.5 * plain_bytes
+
+
+def test_recomputed_parts_hold_no_batch_norm(model):
+    model.set_recompute(True)
+    parts = [part for part in model.modules() if getattr(part, "recompute", False)]
+    assert parts
+    assert not any(isinstance(m, nn.BatchNorm2d) for part in parts for m in part.modules())

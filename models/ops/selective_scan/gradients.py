@@ -23,8 +23,9 @@ def register_gradients(forward, backward: Callable[..., tuple[Tensor, ...]]) -> 
     def differentiate(ctx, grad_y: Tensor | None, _grad_states: None) -> tuple[Tensor | None, ...]:
         if grad_y is None:
             return (None,) * 8
-        *gradients, grad_D, grad_bias = backward(grad_y, *ctx.saved_tensors, ctx.delta_softplus)
-        D, delta_bias = ctx.saved_tensors[5:7]
+        saved = ctx.saved_tensors  # once: where they are computed anew, a second time fails
+        *gradients, grad_D, grad_bias = backward(grad_y, *saved, ctx.delta_softplus)
+        D, delta_bias = saved[5:7]
         return (
             *gradients,
             None if D is None else grad_D,
