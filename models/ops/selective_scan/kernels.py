@@ -13,7 +13,7 @@ import triton.language as tl
 
 LOG2_E: tl.constexpr = tl.constexpr(1.4426950408889634)
 # Sizes that only scale addresses: one compiled kernel serves all their values.
-SIZES = ["channels", "groups", "chunks", "blocks", "splits", "batches", "reversed_sets"]
+SIZES = ["channels", "groups", "R", "chunks", "blocks", "splits", "batches", "reversed_sets"]
 
 
 @triton.jit
