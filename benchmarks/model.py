@@ -4,7 +4,8 @@
     python benchmarks/model.py --size 240 320 --batch 8 --precision bf16 --backend chunked triton
 
 Random images and weights; medians of the timed repeats after a warm-up; one table per call.
-"replayed" is the forward as eval.py and predict.py run it on a GPU, recorded as a CUDA graph.
+"kept" is what a training forward leaves for the gradient; "replayed" the forward as eval.py and
+predict.py run it on a GPU, recorded as a CUDA graph.
 """
 
 import argparse
@@ -44,9 +45,9 @@ def main() -> None:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     print(f"machine: {environment_info()}")
     columns = ("scan", "precision", "forward b1 ms", "peak GB", "replayed ms")
-    columns += ("batch", "recompute", "train step ms", "peak GB")
+    columns += ("batch", "recompute", "train step ms", "peak GB", "kept GB")
     print(f"| {' | '.join(columns)} |")
-    print("|" + "---|" * 9)
+    print("|" + "---|" * 10)
     for backend in arguments.backend:
         config = load_config(
             "msrs",
@@ -68,10 +69,11 @@ def main() -> None:
                 model.set_recompute(recompute == "true")
                 step = step_once(model, config, device, precision, arguments.batch)
                 train = measure(step, device, arguments)
+                left = kept(model, config, device, precision, arguments.batch)
                 print(
                     f"| {backend} | {precision} | {forward[0]:.1f} | {forward[1]:.2f} "
                     f"| {replayed[0]:.1f} | {arguments.batch} | {recompute} | {train[0]:.1f} "
-                    f"| {train[1]:.2f} |",
+                    f"| {train[1]:.2f} | {left:.2f} |",
                     flush=True,
                 )
 
@@ -111,6 +113,26 @@ def step_once(
         optimizer.step()
 
     return run
+
+
+def kept(
+    model: CMFS, config: Config, device: torch.device, precision: str, batch_size: int
+) -> float:
+    """Gigabytes that a training forward leaves behind for the gradient, parameters aside."""
+    batch = random_batch(config, device, batch_size)
+    sizes: dict[int, int] = {}
+
+    def note(tensor: torch.Tensor) -> torch.Tensor:
+        if not isinstance(tensor, nn.Parameter):
+            storage = tensor.untyped_storage()
+            sizes[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    hooks = torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor)
+    with hooks, autocast(device, precision):
+        output = model.train()(batch.rgb, batch.thermal)
+    del output
+    return sum(sizes.values()) / 1e9
 
 
 def autocast(device: torch.device, precision: str) -> torch.autocast:
