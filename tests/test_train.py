@@ -138,6 +138,15 @@ def test_a_started_run_is_not_overwritten(run_train, arguments, tmp_path):
     assert {path.name for path in folder.iterdir()} == {"checkpoint", ".lock"}
 
 
+def stop_after_a_step(process: subprocess.Popen, metrics: Path) -> None:
+    """SIGTERM as soon as a step has been logged."""
+    end = time.monotonic() + 120
+    while not (metrics.exists() and metrics.read_text()) and process.poll() is None:
+        assert time.monotonic() < end, "no step within two minutes"
+        time.sleep(0.05)
+    process.send_signal(signal.SIGTERM)
+
+
 def test_sigterm_saves_and_resume_goes_on(run_train, arguments, tmp_path):
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     process = subprocess.Popen(
@@ -148,12 +157,7 @@ def test_sigterm_saves_and_resume_goes_on(run_train, arguments, tmp_path):
         stderr=subprocess.PIPE,
         text=True,
     )
-    metrics = tmp_path / "Demo" / "exp" / "metrics.jsonl"
-    end = time.monotonic() + 120
-    while not (metrics.exists() and metrics.read_text()) and process.poll() is None:
-        assert time.monotonic() < end, "no step within two minutes"
-        time.sleep(0.05)
-    process.send_signal(signal.SIGTERM)
+    stop_after_a_step(process, tmp_path / "Demo" / "exp" / "metrics.jsonl")
     _, err = process.communicate(timeout=60)
     assert process.returncode == 143, err
     last = tmp_path / "Demo" / "exp" / "checkpoint" / "epoch-last.pth"
@@ -183,12 +187,7 @@ def test_torchrun_stops_all_ranks_of_the_paper_s_command(arguments, tmp_path):
         stderr=subprocess.STDOUT,
         text=True,
     )
-    metrics = tmp_path / "Demo" / "exp" / "metrics.jsonl"
-    end = time.monotonic() + 120
-    while not (metrics.exists() and metrics.read_text()) and process.poll() is None:
-        assert time.monotonic() < end, "no step within two minutes"
-        time.sleep(0.05)
-    process.send_signal(signal.SIGTERM)
+    stop_after_a_step(process, tmp_path / "Demo" / "exp" / "metrics.jsonl")
     out, _ = process.communicate(timeout=60)
     assert out.count("SIGTERM: saved after step") == 1, out
     assert "UserWarning" not in out
