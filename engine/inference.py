@@ -188,13 +188,9 @@ def _window_starts(size: int, crop: int, stride: float) -> list[int]:
 
 
 def _ramp(length: int, like: Tensor) -> Tensor:
-    """(length,): from the edges to 1 in the middle, above 0 everywhere.
-
-    A squared sine: what a network makes of the edge of a window weighs little for longer than under
-    a straight line, and there is no kink.
-    """
+    """(length,): rising from the edges to 1 in the middle, above 0 everywhere."""
     distance = torch.arange(1, length + 1, dtype=like.dtype, device=like.device)
-    return torch.sin(math.pi / (length + 1) * distance).square()
+    return torch.minimum(distance, distance.flip(0)) / math.ceil(length / 2)
 
 
 def _with_colors_of(rgb: Tensor, fused: Tensor) -> Tensor:

@@ -99,24 +99,6 @@ def test_one_window_that_covers_the_image_is_the_whole_image(pair, crop):
     assert model.seen == [(45, 61), (45, 61)]
 
 
-class MarksItsEdges(PositionWise):
-    """Its output is 1 in the outermost 8 columns of what it sees and 0 elsewhere."""
-
-    def forward(self, rgb, thermal):
-        output = super().forward(rgb, thermal)
-        output.fused = torch.zeros_like(rgb)
-        output.fused[..., :8] = output.fused[..., -8:] = 1
-        return output
-
-
-def test_what_happens_at_the_edge_of_a_window_hardly_shows():
-    """Where another window sees the same place from its middle; not at the image's own edge."""
-    rgb = torch.zeros(1, 3, 32, 256)
-    row = predict(MarksItsEdges(), rgb, rgb, crop=(32, 128)).fused[0, 0, 16]
-    assert row[8:-8].max() < 0.05
-    assert row[:8].min() == row[-8:].min() == 1
-
-
 def test_no_seam_where_windows_meet():
     """Windows of different answers blend: no step between neighbours exceeds a ramp's slope."""
     rgb = torch.zeros(1, 3, 32, 128)
@@ -125,7 +107,7 @@ def test_no_seam_where_windows_meet():
     row = found.fused[0, 0, 16]
     assert row[0] == 0
     assert row[-1] == pytest.approx(1)
-    assert row.diff().abs().max() < 0.12
+    assert row.diff().abs().max() < 0.08
 
 
 def test_batch_equals_singles(pair):
