@@ -38,36 +38,82 @@ def _sigmoid(x):
 
 
 @triton.jit
-def _load(ptr, start, token, length, valid, STEPS: tl.constexpr):
-    """Tokens token ... token + STEPS - 1 of each lane as float32; start, token, valid (M,).
+def _load(ptr, start, token, length, STEPS: tl.constexpr):
+    """Tokens token ... token + STEPS - 1 of each lane as float32, 0 past the end.
 
-    Each load is 16 bytes wide; halves are joined so that a thread keeps all tokens of its lane.
+    start, token (M,) -> (M, STEPS). Each load is 16 bytes wide; halves are joined so that a thread
+    keeps all tokens of its lane.
     """
     if STEPS * ptr.dtype.element_ty.primitive_bitwidth <= 128:
         at = token[:, None] + tl.arange(0, STEPS)[None, :]
-        x = tl.load(ptr + start[:, None] + at, mask=(at < length) & valid[:, None], other=0.0)
+        x = tl.load(ptr + (start[:, None] + at), mask=at < length, other=0.0)
         return x.to(tl.float32)
     else:  # noqa: RET505 (the compiler needs both branches)
         half: tl.constexpr = STEPS // 2
-        left = _load(ptr, start, token, length, valid, half)
-        right = _load(ptr, start, token + half, length, valid, half)
+        left = _load(ptr, start, token, length, half)
+        right = _load(ptr, start, token + half, length, half)
         both = tl.permute(tl.join(left, right), (0, 2, 1))
         return tl.reshape(both, [token.shape[0], STEPS])
 
 
 @triton.jit
 def _store(ptr, x, start, token, length, valid, STEPS: tl.constexpr):
-    """Write what _load reads; x (M, STEPS)."""
+    """Write what _load reads, of valid rows; x (M, STEPS), valid (M,)."""
     if STEPS * ptr.dtype.element_ty.primitive_bitwidth <= 128:
         at = token[:, None] + tl.arange(0, STEPS)[None, :]
         x = x.to(ptr.dtype.element_ty)
-        tl.store(ptr + start[:, None] + at, x, mask=(at < length) & valid[:, None])
+        tl.store(ptr + (start[:, None] + at), x, mask=(at < length) & valid[:, None])
     else:
         half: tl.constexpr = STEPS // 2
         both = tl.permute(tl.reshape(x, [token.shape[0], 2, half]), (0, 2, 1))
         left, right = tl.split(both)
         _store(ptr, left, start, token, length, valid, half)
         _store(ptr, right, start, token + half, length, valid, half)
+
+
+@triton.jit
+def _rows(block, count, ROWS: tl.constexpr, LANES: tl.constexpr):
+    """Rows of a block among `count`, for each of ROWS x LANES pairs, and whether they are there.
+
+    Where they are not, the last row stands in: it can be read without a mask.
+    """
+    row = block * ROWS + tl.arange(0, ROWS * LANES) // LANES
+    return tl.minimum(row, count - 1), row < count
+
+
+@triton.jit
+def _tokens(
+    chunk, REPEATS: tl.constexpr, LANES: tl.constexpr, STEPS: tl.constexpr, REVERSE: tl.constexpr
+):
+    """The first token of each lane of a chunk, REPEATS times over; REVERSE: last lane first."""
+    lane = tl.arange(0, REPEATS * LANES) % LANES
+    if REVERSE:
+        lane = LANES - 1 - lane
+    return (chunk * LANES + lane) * STEPS
+
+
+@triton.jit
+def _following(n, N):
+    """The state after n, in a circle.
+
+    Each program begins elsewhere in it: were all to ask memory for the same B and C at the same
+    time, all would wait for it.
+    """
+    return tl.where(n + 1 < N, n + 1, 0)
+
+
+@triton.jit
+def _load_for_rows(
+    ptr, chunk, length, shape: tl.constexpr, WARPS: tl.constexpr, REVERSE: tl.constexpr
+):
+    """Tokens of one chunk, repeated for all rows of `shape` (ROWS, LANES, STEPS).
+
+    Each of the WARPS that share the rows reads them itself, without a barrier.
+    """
+    REST: tl.constexpr = shape[0] // WARPS
+    token = _tokens(chunk, WARPS, shape[1], shape[2], REVERSE)
+    x = tl.reshape(_load(ptr, token * 0, token, length, shape[2]), [1, WARPS, shape[1], shape[2]])
+    return tl.reshape(tl.broadcast_to(x, [REST, WARPS, shape[1], shape[2]]), shape)
 
 
 @triton.jit
@@ -103,31 +149,58 @@ def _then(decay_1, state_1, decay_2, state_2):
 
 
 @triton.jit
-def _join_lanes(decay, end, carry, REVERSE: tl.constexpr):
+def _join_lanes(decay, end, carry):
     """From each lane's decay and end state (from zero): the states that enter and leave it.
 
-    decay, end (ROWS, LANES); carry (ROWS,) enters the first lane, the last one if REVERSE. Between
-    the lanes stand identities: there, the inclusive scan shows what enters the next lane.
+    decay, end (ROWS, LANES); carry (ROWS,) enters the first lane. Between the lanes stand
+    identities: there, the inclusive scan shows what enters the next lane.
+    """
+    ROWS: tl.constexpr = end.shape[0]
+    LANES: tl.constexpr = end.shape[1]
+    is_first = tl.arange(0, LANES)[None, :] == 0
+    end = tl.where(is_first, decay * carry[:, None] + end, end)
+    one, zero = tl.full([ROWS, LANES], 1.0, tl.float32), tl.zeros([ROWS, LANES], tl.float32)
+    decays = tl.reshape(tl.join(one, decay), [ROWS, 2 * LANES])
+    states = tl.reshape(tl.join(zero, end), [ROWS, 2 * LANES])
+    decays, states = tl.associative_scan((decays, states), 1, _then)
+    entering, leaving = tl.split(tl.reshape(states, [ROWS, LANES, 2]))
+    return tl.where(is_first, carry[:, None], entering), leaving
+
+
+@triton.jit
+def _join_later_lanes(decay, end, late):
+    """What enters each lane from those after it; as _join_lanes, against the order of the lanes.
+
+    late (ROWS,) enters the last lane. Triton's reversed scan turns the lanes round and back, five
+    shuffles a value each time; here pairs of lanes, of pairs, ... swap what they hand on in all.
     """
     ROWS: tl.constexpr = end.shape[0]
     LANES: tl.constexpr = end.shape[1]
     lane = tl.arange(0, LANES)[None, :]
-    is_first = lane == (LANES - 1 if REVERSE else 0)
-    end = tl.where(is_first, decay * carry[:, None] + end, end)
-    one, zero = tl.full([ROWS, LANES], 1.0, tl.float32), tl.zeros([ROWS, LANES], tl.float32)
-    if REVERSE:
-        decays, states = tl.join(decay, one), tl.join(end, zero)
-    else:
-        decays, states = tl.join(one, decay), tl.join(zero, end)
-    decays = tl.reshape(decays, [ROWS, 2 * LANES])
-    states = tl.reshape(states, [ROWS, 2 * LANES])
-    decays, states = tl.associative_scan((decays, states), 1, _then, reverse=REVERSE)
-    states = tl.reshape(states, [ROWS, LANES, 2])
-    if REVERSE:
-        leaving, entering = tl.split(states)
-    else:
-        entering, leaving = tl.split(states)
-    return tl.where(is_first, carry[:, None], entering), leaving
+    later_decay = tl.full([ROWS, LANES], 1.0, tl.float32)
+    later = tl.zeros([ROWS, LANES], tl.float32)
+    for level in tl.static_range(5):
+        if 2**level < LANES:
+            other_decay, other = _swap(decay, 2**level), _swap(end, 2**level)
+            is_before = lane // 2**level % 2 == 0
+            later += tl.where(is_before, later_decay * other, 0.0)
+            later_decay *= tl.where(is_before, other_decay, 1.0)
+            first, second = tl.where(is_before, end, other), tl.where(is_before, other, end)
+            end = first + tl.where(is_before, decay, other_decay) * second
+            decay *= other_decay
+    return later + later_decay * late[:, None]
+
+
+@triton.jit
+def _swap(x, SIZE: tl.constexpr):
+    """x (ROWS, LANES) with each two neighbouring groups of SIZE lanes exchanged.
+
+    A sum over both as integers, less the own value, compiles to one shuffle.
+    """
+    shape: tl.constexpr = [x.shape[0], x.shape[1] // (2 * SIZE), 2, SIZE]
+    bits = tl.reshape(x.to(tl.int32, bitcast=True), shape)
+    both = tl.broadcast_to(tl.expand_dims(tl.sum(bits, 2), 2), shape)
+    return tl.reshape(both - bits, [x.shape[0], x.shape[1]]).to(tl.float32, bitcast=True)
 
 
 @triton.jit
@@ -177,13 +250,14 @@ def _state_gradients(decay, x, gradient, REVERSE: tl.constexpr):
 def _times(dt, GRADIENT: tl.constexpr, REVERSE: tl.constexpr):
     """The time between each token and the border at which the chunk's walk ends, and all of it.
 
-    A token's own dt counts for a gradient only. dt (ROWS, LANES, STEPS) -> the same and (ROWS,).
+    The lanes stand in order from that border; REVERSE: a walk from the last token to the first. A
+    token's own dt counts for a gradient only. dt (ROWS, LANES, STEPS) -> the same and (ROWS,).
     """
     ROWS: tl.constexpr = dt.shape[0]
     LANES: tl.constexpr = dt.shape[1]
     span = tl.sum(dt, 2)
     one, nothing = tl.full([ROWS, LANES], 1.0, tl.float32), tl.zeros([ROWS], tl.float32)
-    time, leaving = _join_lanes(one, span, nothing, not REVERSE)
+    time, _ = _join_lanes(one, span, nothing)
     times = dt
     for step in tl.static_range(dt.shape[2]):
         if GRADIENT:
@@ -201,31 +275,49 @@ def _add(a, b):
 
 
 @triton.jit
-def _sum_rows(x, WARPS: tl.constexpr):
-    """Sum over the first axis (ROWS, LANES, STEPS), whose rows lie in WARPS warps.
+def _sum_rows(x, other, WARPS: tl.constexpr):
+    """Sums over the rows of two (ROWS, LANES, STEPS): (2 · LANES · STEPS,), one after the other.
 
-    A scan along an axis brings that axis into registers, which is the cheap way across warps.
+    The rows lie in WARPS warps. A scan along an axis brings that axis into registers, which is
+    the cheap way across warps.
     """
-    LANES: tl.constexpr = x.shape[1]
-    STEPS: tl.constexpr = x.shape[2]
-    x = tl.sum(tl.reshape(x, [x.shape[0] // WARPS, WARPS, LANES, STEPS]), 0)
+    REST: tl.constexpr = x.shape[0] // WARPS
+    TILE: tl.constexpr = x.shape[1] * x.shape[2]
+    x = tl.reshape(tl.sum(tl.reshape(x, [REST, WARPS, x.shape[1], x.shape[2]]), 0), [WARPS, TILE])
+    other = tl.sum(tl.reshape(other, [REST, WARPS, other.shape[1], other.shape[2]]), 0)
+    x = tl.permute(tl.join(x, tl.reshape(other, [WARPS, TILE])), (0, 2, 1))
+    x = tl.reshape(x, [WARPS, 2 * TILE])
     if WARPS == 1:
-        return tl.reshape(x, [LANES, STEPS])
+        return tl.reshape(x, [2 * TILE])
     else:  # noqa: RET505
-        x = tl.associative_scan(tl.reshape(x, [WARPS, LANES * STEPS]), 0, _add)
+        x = tl.associative_scan(x, 0, _add)
         last = tl.arange(0, WARPS)[:, None] == WARPS - 1
         bits = tl.sum(tl.where(last, x.to(tl.int32, bitcast=True), 0), 0)
-        return tl.reshape(bits.to(tl.float32, bitcast=True), [LANES, STEPS])
+        return bits.to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def _store_row_sums(ptr, x, valid):
+    """Write the sums over lanes and steps of x (ROWS, LANES, STEPS) to ptr (ROWS,).
+
+    The last lane of a scan holds its row's sum in the warp of that row; a sum would be moved to
+    other warps. The addresses of the other lanes are not used: they tell the compiler to keep it.
+    """
+    LANES: tl.constexpr = x.shape[1]
+    sums = tl.associative_scan(tl.sum(x, 2), 1, _add)
+    lane = tl.arange(0, LANES)[None, :]
+    at = ptr[:, None] + (lane - (LANES - 1))
+    tl.store(at, sums, mask=valid[:, None] & (lane == LANES - 1))
 
 
 @triton.jit
 def _step_sizes(
-    delta, bias, start, token, length, row, valid, SOFTPLUS: tl.constexpr, STEPS: tl.constexpr
+    delta, bias, start, token, length, row, SOFTPLUS: tl.constexpr, STEPS: tl.constexpr
 ):
     """dt and delta + bias (M, STEPS); dt = 0 past the end, so that states pass unchanged."""
-    raw = _load(delta, start, token, length, valid, STEPS)
+    raw = _load(delta, start, token, length, STEPS)
     if bias is not None:
-        raw += tl.load(bias + row, mask=valid, other=0.0).to(tl.float32)[:, None]
+        raw += tl.load(bias + row).to(tl.float32)[:, None]
     dt = raw
     if SOFTPLUS:
         dt = _softplus(raw)
@@ -266,32 +358,32 @@ def _chunk_ends_kernel(
     batch = pid // (blocks * chunks) // groups
     group_size = channels // groups
 
-    pair = tl.arange(0, ROWS * LANES)
-    pair_valid = block * ROWS + pair // LANES < group_size
-    pair_row = group * group_size + block * ROWS + pair // LANES
+    first_row = group * group_size
+    pair_row, pair_valid = _rows(block, group_size, ROWS, LANES)
+    pair_row += first_row
     pair_start = (batch * channels + pair_row).to(tl.int64) * length
-    pair_token = (chunk * LANES + pair % LANES) * STEPS
-    dt, raw = _step_sizes(
-        delta, bias, pair_start, pair_token, length, pair_row, pair_valid, SOFTPLUS, STEPS
-    )
-    inputs = _load(x, pair_start, pair_token, length, pair_valid, STEPS)
+    pair_token = _tokens(chunk, ROWS, LANES, STEPS, not REVERSE)
+    dt, raw = _step_sizes(delta, bias, pair_start, pair_token, length, pair_row, SOFTPLUS, STEPS)
+    inputs = _load(x, pair_start, pair_token, length, STEPS)
     if not REVERSE:
         inputs *= dt
     dt = tl.reshape(dt, [ROWS, LANES, STEPS])
     inputs = tl.reshape(inputs, [ROWS, LANES, STEPS])
 
     times, span = _times(dt, REVERSE, REVERSE)
-    row = group * group_size + block * ROWS + tl.arange(0, ROWS)
-    valid = block * ROWS + tl.arange(0, ROWS) < group_size
-    token = (chunk * LANES + tl.arange(0, LANES)) * STEPS
+    row, valid = _rows(block, group_size, ROWS, 1)
+    row += first_row
+    token = _tokens(chunk, 1, LANES, STEPS, not REVERSE)
     out = ((batch * chunks + chunk) * channels + row).to(tl.int64)
     tl.store(spans + out, span, mask=valid)
     weight += (batch * groups + group).to(tl.int64) * N * length
-    for n in range(N):
-        rate = tl.load(A + row * N + n, mask=valid, other=0.0).to(tl.float32) * LOG2_E
-        w = _load(weight + n * length, token * 0, token, length, token < length, STEPS)
+    n = pid % N
+    for _ in range(N):
+        rate = tl.load(A + row * N + n).to(tl.float32) * LOG2_E
+        w = _load(weight + n * length, token * 0, token, length, STEPS)
         share = tl.exp2(times * rate[:, None, None]) * inputs * w[None]
         tl.store(ends + out * N + n, tl.sum(tl.sum(share, 2), 1), mask=valid)
+        n = _following(n, N)
 
 
 @triton.jit(do_not_specialize=SIZES)
@@ -338,6 +430,15 @@ def _carry_kernel(
         carry = tl.sum(tl.where(depth == DEPTH - 1, state, 0.0), 0)
 
 
+@triton.jit
+def _state_inputs(A, states, B, C, n, token, length, STEPS: tl.constexpr):
+    """Of state n: rate and carry (ROWS,), b and c (LANES, STEPS); A and states point, (ROWS,)."""
+    rate = tl.load(A + n).to(tl.float32) * LOG2_E
+    b = _load(B + n * length, token * 0, token, length, STEPS)
+    c = _load(C + n * length, token * 0, token, length, STEPS)
+    return rate, tl.load(states + n), b, c
+
+
 @triton.jit(do_not_specialize=SIZES)
 def _output_kernel(
     u,
@@ -382,44 +483,47 @@ def _output_kernel(
     batch = pid // groups
     group_size = channels // groups
 
-    pair = tl.arange(0, ROWS * LANES)
-    pair_valid = block * ROWS + pair // LANES < group_size
-    pair_row = group * group_size + block * ROWS + pair // LANES
+    first_row = group * group_size
+    pair_row, pair_valid = _rows(block, group_size, ROWS, LANES)
+    pair_row += first_row
     pair_start = (batch * channels + pair_row).to(tl.int64) * length
-    row = group * group_size + block * ROWS + tl.arange(0, ROWS)
-    valid = block * ROWS + tl.arange(0, ROWS) < group_size
+    row, valid = _rows(block, group_size, ROWS, 1)
+    row += first_row
     lane = tl.arange(0, LANES)
     B += (batch * groups + group).to(tl.int64) * N * length
     C += (batch * groups + group).to(tl.int64) * N * length
+    own_A = A + row * N
     states += (batch * (chunks - 1)).to(tl.int64) * channels * N
 
+    n = tl.program_id(0) % N
     for tile in range(first_tile, last_tile):
-        token = tile * TILE + lane * STEPS
-        pair_token = tile * TILE + (pair % LANES) * STEPS
+        token = _tokens(tile, 1, LANES, STEPS, False)
+        pair_token = _tokens(tile, ROWS, LANES, STEPS, False)
+        border = tile * (TILE // CHUNK) - 1
+        carries = states + (tl.maximum(border, 0) * channels + row).to(tl.int64) * N
+        rate, carry, b, c = _state_inputs(own_A, carries, B, C, n, token, length, STEPS)
         dt, raw = _step_sizes(
-            delta, bias, pair_start, pair_token, length, pair_row, pair_valid, SOFTPLUS, STEPS
+            delta, bias, pair_start, pair_token, length, pair_row, SOFTPLUS, STEPS
         )
-        inputs = _load(u, pair_start, pair_token, length, pair_valid, STEPS)
+        inputs = _load(u, pair_start, pair_token, length, STEPS)
         out = tl.zeros([ROWS * LANES, STEPS], tl.float32)
         if D is not None:
-            skip = tl.load(D + pair_row, mask=pair_valid, other=0.0).to(tl.float32)
-            out = skip[:, None] * inputs
+            out = tl.load(D + pair_row).to(tl.float32)[:, None] * inputs
         inputs = tl.reshape(dt * inputs, [ROWS, LANES, STEPS])
         dt = tl.reshape(dt, [ROWS, LANES, STEPS])
         out = tl.reshape(out, [ROWS, LANES, STEPS])
         span = tl.sum(dt, 2)
-        border = tile * (TILE // CHUNK) - 1
-        for n in range(N):
-            rate = tl.load(A + row * N + n, mask=valid, other=0.0).to(tl.float32) * LOG2_E
-            at = (border * channels + row).to(tl.int64) * N + n
-            carry = tl.load(states + at, mask=valid & _repeat(tile > 0, ROWS), other=0.0)
-            matrix_at = n * length
-            b = _load(B + matrix_at, token * 0, token, length, token < length, STEPS)
-            c = _load(C + matrix_at, token * 0, token, length, token < length, STEPS)
+        for _ in range(N):
+            following = _following(n, N)
+            next_rate, next_carry, next_b, next_c = _state_inputs(
+                own_A, carries, B, C, following, token, length, STEPS
+            )
             decay = tl.exp2(dt * rate[:, None, None])
             x = inputs * b[None]
             end = _lane_ends(decay, x, False, False)
-            entering, leaving = _join_lanes(tl.exp2(span * rate[:, None]), end, carry, False)
+            carry = tl.where(tile > 0, carry, 0.0)
+            lane_decay = tl.exp2(span * rate[:, None])
+            entering, leaving = _join_lanes(lane_decay, end, carry)
             inherited, state = _states(decay, x, entering, False)
             out += state * c[None]
             if STREAM:
@@ -427,6 +531,7 @@ def _output_kernel(
                 is_border = ((lane + 1) * STEPS % CHUNK == 0) & (left < chunks - 1)
                 at = (left.to(tl.int64)[None, :] * channels + row[:, None]) * N + n
                 tl.store(states + at, leaving, mask=valid[:, None] & is_border[None, :])
+            n, rate, carry, b, c = following, next_rate, next_carry, next_b, next_c
         out = tl.reshape(out, [ROWS * LANES, STEPS])
         _store(y, out, pair_start, pair_token, length, pair_valid, STEPS)
         if STREAM:
@@ -447,8 +552,7 @@ def _gradient_kernel(
     gradients,
     grad_u,
     grad_delta,
-    grad_B,
-    grad_C,
+    grad_matrices,
     grad_rows,
     length,
     channels,
@@ -466,9 +570,10 @@ def _gradient_kernel(
 ):
     """All gradients of one chunk, for one of `splits` parts of a group's channels.
 
-    grad_B and grad_C (splits, batch, groups, N, length) and grad_rows (batch, chunks, channels,
-    N + 2), which holds those of A, D and the bias, are summed afterwards: no atomics.
+    grad_matrices (splits, 2, batch, groups, N, length) of B and C and grad_rows (batch, chunks,
+    channels, N + 2) of A, D and the bias are summed afterwards: no atomics.
     """
+    TILE: tl.constexpr = LANES * STEPS
     pid = tl.program_id(0)
     split = pid % splits
     chunk = pid // splits % chunks
@@ -476,82 +581,81 @@ def _gradient_kernel(
     batch = pid // (splits * chunks) // groups
     group_size = channels // groups
 
-    lane = tl.arange(0, LANES)
-    pair = tl.arange(0, ROWS * LANES)
-    token = (chunk * LANES + lane) * STEPS
-    pair_token = (chunk * LANES + pair % LANES) * STEPS
+    first_row = group * group_size
+    pair_token = _tokens(chunk, ROWS, LANES, STEPS, False)
     chunk_at = (batch * chunks + chunk).to(tl.int64) * channels
-    border_at = (batch * (chunks - 1) + chunk).to(tl.int64) * channels
+    late_at = (batch * (chunks - 1) + tl.minimum(chunk, chunks - 2)).to(tl.int64) * channels
+    carry_at = (batch * (chunks - 1) + tl.maximum(chunk - 1, 0)).to(tl.int64) * channels
     matrices = (batch * groups + group).to(tl.int64) * N * length
     B += matrices
     C += matrices
-    matrices += split.to(tl.int64) * batches * groups * N * length
-    grad_B += matrices
-    grad_C += matrices
+    # of B, then of C
+    sum_index = tl.max_contiguous(tl.arange(0, 2 * TILE), 1)
+    sum_token = chunk * TILE + sum_index % TILE
+    of_C = (sum_index // TILE).to(tl.int64) * batches * groups * N * length
+    matrices += split.to(tl.int64) * 2 * batches * groups * N * length
+    grad_matrices += matrices + of_C + sum_token
 
+    n = pid % N
     first_block = split * blocks // splits
     for block in range(first_block, (split + 1) * blocks // splits):
-        pair_valid = block * ROWS + pair // LANES < group_size
-        pair_row = group * group_size + block * ROWS + pair // LANES
+        pair_row, pair_valid = _rows(block, group_size, ROWS, LANES)
+        pair_row += first_row
         pair_start = (batch * channels + pair_row).to(tl.int64) * length
-        row = group * group_size + block * ROWS + tl.arange(0, ROWS)
-        valid = block * ROWS + tl.arange(0, ROWS) < group_size
+        row, valid = _rows(block, group_size, ROWS, 1)
+        row += first_row
 
         dt, raw = _step_sizes(
-            delta, bias, pair_start, pair_token, length, pair_row, pair_valid, SOFTPLUS, STEPS
+            delta, bias, pair_start, pair_token, length, pair_row, SOFTPLUS, STEPS
         )
-        inputs = dt * _load(u, pair_start, pair_token, length, pair_valid, STEPS)
-        dy = _load(grad_y, pair_start, pair_token, length, pair_valid, STEPS)
+        inputs = dt * _load(u, pair_start, pair_token, length, STEPS)
+        dy = _load(grad_y, pair_start, pair_token, length, STEPS)
+        # rows that are not there add nothing to the sums over rows
+        inputs = tl.where(pair_valid[:, None], inputs, 0.0)
+        dy = tl.where(pair_valid[:, None], dy, 0.0)
         dt = tl.reshape(dt, [ROWS, LANES, STEPS])
         inputs = tl.reshape(inputs, [ROWS, LANES, STEPS])
         dy = tl.reshape(dy, [ROWS, LANES, STEPS])
         span = tl.sum(dt, 2)
         grad_inputs = tl.zeros([ROWS, LANES, STEPS], tl.float32)
         grad_dt = tl.zeros([ROWS, LANES, STEPS], tl.float32)
-        is_later = (token < length) & _repeat(block > first_block, LANES)
-        for n in range(N):
-            a = tl.load(A + row * N + n, mask=valid, other=0.0).to(tl.float32)
-            late_at = (border_at + row) * N + n
-            has_late = valid & _repeat(chunk < chunks - 1, ROWS)
-            late = tl.load(gradients + late_at, mask=has_late, other=0.0)
-            carry_at = late_at - channels * N
-            has_carry = valid & _repeat(chunk > 0, ROWS)
-            carry = tl.load(states + carry_at, mask=has_carry, other=0.0)
-            matrix_at = n * length
-            b = _load(B + matrix_at, token * 0, token, length, token < length, STEPS)
-            c = _load(C + matrix_at, token * 0, token, length, token < length, STEPS)
+        row_sums = grad_rows + (chunk_at + row) * (N + 2)
+        is_later = (sum_token < length) & _repeat(block > first_block, 2 * TILE)
+        for _ in range(N):
+            a = tl.load(A + row * N + n).to(tl.float32)
+            late = tl.load(gradients + (late_at + row) * N + n)
+            late = tl.where(chunk < chunks - 1, late, 0.0)
+            carry = tl.load(states + (carry_at + row) * N + n)
+            carry = tl.where(chunk > 0, carry, 0.0)
+            b = _load_for_rows(B + n * length, chunk, length, dt.shape, WARPS, False)
+            c = _load_for_rows(C + n * length, chunk, length, dt.shape, WARPS, False)
             decay = tl.exp2(dt * (a * LOG2_E)[:, None, None])
             lane_decay = tl.exp2(span * (a * LOG2_E)[:, None])
 
-            x = inputs * b[None]
-            entering, leaving = _join_lanes(
-                lane_decay, _lane_ends(decay, x, False, False), carry, False
-            )
+            x = inputs * b
+            end = _lane_ends(decay, x, False, False)
+            entering, leaving = _join_lanes(lane_decay, end, carry)
             inherited, state = _states(decay, x, entering, False)
-            for_c = _sum_rows(state * dy, WARPS)
 
-            x = dy * c[None]
-            entering, leaving = _join_lanes(
-                lane_decay, _lane_ends(decay, x, True, True), late, True
-            )
+            x = dy * c
+            end = _lane_ends(decay, x, True, True)
+            entering = _join_later_lanes(lane_decay, end, late)
             grad_state = _state_gradients(decay, x, entering, True)
-            for_b = _sum_rows(grad_state * inputs, WARPS)
 
-            grad_inputs += grad_state * b[None]
+            sums = _sum_rows(grad_state * inputs, state * dy, WARPS)
+            sums += tl.load(grad_matrices + n * length, mask=is_later, other=0.0)
+            tl.store(grad_matrices + n * length, sums, mask=sum_token < length)
+            grad_inputs += grad_state * b
             grad_exponent = grad_state * inherited
             grad_dt += grad_exponent * a[:, None, None]
-            for_a = tl.sum(tl.sum(grad_exponent * dt, 2), 1)
-            tl.store(grad_rows + (chunk_at + row) * (N + 2) + n, for_a, mask=valid)
-            for_b += _load(grad_B + matrix_at, token * 0, token, length, is_later, STEPS)
-            for_c += _load(grad_C + matrix_at, token * 0, token, length, is_later, STEPS)
-            _store(grad_B + matrix_at, for_b, token * 0, token, length, token < length, STEPS)
-            _store(grad_C + matrix_at, for_c, token * 0, token, length, token < length, STEPS)
+            _store_row_sums(row_sums + n, grad_exponent * dt, valid)
+            n = _following(n, N)
 
         dt, raw = _step_sizes(
-            delta, bias, pair_start, pair_token, length, pair_row, pair_valid, SOFTPLUS, STEPS
+            delta, bias, pair_start, pair_token, length, pair_row, SOFTPLUS, STEPS
         )
-        inputs = _load(u, pair_start, pair_token, length, pair_valid, STEPS)
-        dy = _load(grad_y, pair_start, pair_token, length, pair_valid, STEPS)
+        inputs = _load(u, pair_start, pair_token, length, STEPS)
+        dy = _load(grad_y, pair_start, pair_token, length, STEPS)
         grad_inputs = tl.reshape(grad_inputs, [ROWS * LANES, STEPS])
         grad_dt = tl.reshape(grad_dt, [ROWS * LANES, STEPS]) + grad_inputs * inputs
         if SOFTPLUS:
@@ -559,15 +663,12 @@ def _gradient_kernel(
         _store(grad_delta, grad_dt, pair_start, pair_token, length, pair_valid, STEPS)
         in_row = pair_token[:, None] + tl.arange(0, STEPS)[None, :] < length
         for_bias = tl.where(in_row, grad_dt, 0.0)
-        for_bias = tl.sum(tl.sum(tl.reshape(for_bias, [ROWS, LANES, STEPS]), 2), 1)
-        tl.store(grad_rows + (chunk_at + row) * (N + 2) + N + 1, for_bias, mask=valid)
+        _store_row_sums(row_sums + N + 1, tl.reshape(for_bias, [ROWS, LANES, STEPS]), valid)
 
         grad_inputs *= dt
         if D is not None:
-            skip = tl.load(D + pair_row, mask=pair_valid, other=0.0).to(tl.float32)
+            skip = tl.load(D + pair_row).to(tl.float32)
             grad_inputs += skip[:, None] * dy
-            for_skip = tl.reshape(dy * inputs, [ROWS, LANES, STEPS])
-            for_skip = tl.sum(tl.sum(for_skip, 2), 1)
-            tl.store(grad_rows + (chunk_at + row) * (N + 2) + N, for_skip, mask=valid)
+            _store_row_sums(row_sums + N, tl.reshape(dy * inputs, [ROWS, LANES, STEPS]), valid)
         _store(grad_u, grad_inputs, pair_start, pair_token, length, pair_valid, STEPS)
         tl.debug_barrier()  # the next block of channels adds to what this one stored

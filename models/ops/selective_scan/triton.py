@@ -31,6 +31,13 @@ class _Shape(NamedTuple):
     lanes: int
     steps: int
     warps: int
+    registers: int | None = None  # of a thread, at most: fewer let more programs run at a time
+
+    def options(self) -> dict[str, int]:
+        """Launch arguments."""
+        limit = {"maxnreg": self.registers} if self.registers and torch.version.cuda else {}
+        sizes = {"ROWS": self.rows, "LANES": self.lanes, "STEPS": self.steps}
+        return {**sizes, "num_warps": self.warps, **limit}
 
 
 class _Tuning(NamedTuple):
@@ -97,7 +104,7 @@ def _forward(
     delta_bias: Tensor | None,
     delta_softplus: bool,
 ) -> tuple[Tensor, Tensor]:
-    """y (batch, D, L) and the states at the borders of chunks (batch, chunks - 1, D, N)."""
+    """y (batch, D, L) and the states at the borders of chunks (batch, max(chunks - 1, 1), D, N)."""
     u, delta, A, B, C, D, delta_bias = map(_contiguous, (u, delta, A, B, C, D, delta_bias))
     sizes = _sizes(u, A, B)
     y = torch.empty_like(u)
@@ -132,11 +139,8 @@ def _forward(
             blocks,
             STREAM=stream,
             SOFTPLUS=delta_softplus,
-            ROWS=shape.rows,
-            LANES=shape.lanes,
-            STEPS=shape.steps,
             CHUNK=_chunk(),
-            num_warps=shape.warps,
+            **shape.options(),
         )
     return y, states
 
@@ -169,7 +173,7 @@ def _backward(
     blocks = triton.cdiv(sizes.channels // sizes.groups, shape.rows)
     programs = max(1, sizes.batch * sizes.groups * sizes.chunks)
     splits = min(blocks, triton.cdiv(_tuning.gradient_programs, programs))
-    grad_B, grad_C = (u.new_empty((splits, *B.shape), dtype=torch.float32) for _ in range(2))
+    grad_matrices = u.new_empty((splits, 2, *B.shape), dtype=torch.float32)
     grad_rows = u.new_empty(
         (sizes.batch, sizes.chunks, sizes.channels, sizes.states + 2), dtype=torch.float32
     )
@@ -192,8 +196,7 @@ def _backward(
                 gradients,
                 grad_u,
                 grad_delta,
-                grad_B,
-                grad_C,
+                grad_matrices,
                 grad_rows,
                 sizes.length,
                 sizes.channels,
@@ -204,19 +207,17 @@ def _backward(
                 splits,
                 sizes.batch,
                 SOFTPLUS=delta_softplus,
-                ROWS=shape.rows,
-                LANES=shape.lanes,
-                STEPS=shape.steps,
                 WARPS=shape.warps,
-                num_warps=shape.warps,
+                **shape.options(),
             )
+    grad_B, grad_C = (parts.sum(0).to(B.dtype) for parts in grad_matrices.unbind(1))
     rows = grad_rows.sum((0, 1))
     return (
         grad_u,
         grad_delta,
         rows[:, :-2].to(A.dtype, copy=True),
-        _sum_splits(grad_B, B.dtype),
-        _sum_splits(grad_C, C.dtype),
+        grad_B,
+        grad_C,
         rows[:, -2].to(A.dtype if D is None else D.dtype, copy=True),
         rows[:, -1].to(A.dtype if delta_bias is None else delta_bias.dtype, copy=True),
     )
@@ -261,9 +262,10 @@ def _chunk() -> int:
 
 
 def _empty_states(u: Tensor, sizes: _Sizes) -> Tensor:
-    borders = max(sizes.chunks - 1, 0)
-    shape = (sizes.batch, borders, sizes.channels, sizes.states)
-    return u.new_empty(shape, dtype=torch.float32)
+    """States between chunks; of a single chunk one of zeros, which kernels read and drop."""
+    shape = (sizes.batch, max(sizes.chunks - 1, 1), sizes.channels, sizes.states)
+    make = u.new_empty if sizes.chunks > 1 else u.new_zeros
+    return make(shape, dtype=torch.float32)
 
 
 def _enter_chunks(
@@ -301,10 +303,7 @@ def _enter_chunks(
         blocks,
         SOFTPLUS=delta_softplus,
         REVERSE=reverse,
-        ROWS=shape.rows,
-        LANES=shape.lanes,
-        STEPS=shape.steps,
-        num_warps=shape.warps,
+        **shape.options(),
     )
     width, depth = (32, 4) if _INTERPRETED else (64, 16)
     _carry_kernel[(triton.cdiv(sizes.channels * sizes.states, width), sizes.batch)](
@@ -321,11 +320,6 @@ def _enter_chunks(
         DEPTH=depth,
         num_warps=2,
     )
-
-
-def _sum_splits(parts: Tensor, dtype: torch.dtype) -> Tensor:
-    """(splits, ...) -> (...), without a pass over memory for one split of the right type."""
-    return (parts[0] if len(parts) == 1 else parts.sum(0)).to(dtype)
 
 
 def _contiguous(x: Tensor | None) -> Tensor | None:

@@ -14,40 +14,52 @@ import triton.language as tl
 from models.ops.selective_scan.kernels import (
     LOG2_E,
     SIZES,
+    _following,
     _join_lanes,
+    _join_later_lanes,
     _lane_ends,
     _load,
+    _load_for_rows,
     _repeat,
+    _rows,
     _softplus,
     _state_gradients,
+    _state_inputs,
     _states,
     _store,
+    _store_row_sums,
     _sum_rows,
     _times,
+    _tokens,
 )
 
 
 @triton.jit
-def _step_sizes(low, weight, bias, token, length, row, valid, R, STEPS: tl.constexpr):
-    """dt = softplus(weight · low + bias) (M, STEPS), 0 past the end; token, row, valid (M,).
+def _step_sizes(low, weight, bias, token, length, row, R, first, STEPS: tl.constexpr):
+    """dt = softplus(weight · low + bias) (M, STEPS), 0 past the end; token, row (M,).
 
-    The first product stands before the loop: from it the sum takes its place in registers, each
-    lane's tokens in one thread.
+    The first product, that of rank `first`, stands before the loop: from it the sum takes its place
+    in registers, each lane's tokens in one thread.
     """
     at = token[:, None] + tl.arange(0, STEPS)[None, :]
-    raw = _weighted(low, weight, 0, token, length, row, valid, R, STEPS)
-    for r in range(1, R):
-        raw += _weighted(low, weight, r, token, length, row, valid, R, STEPS)
-    raw += tl.load(bias + row, mask=valid, other=0.0)[:, None]
+    weight += row * R
+    w, x = _factors(low, weight, first, token, length, STEPS)
+    r = _following(first, R)
+    next_w, next_x = _factors(low, weight, r, token, length, STEPS)
+    raw = w[:, None] * x
+    for _ in range(1, R):
+        w, x = next_w, next_x
+        r = _following(r, R)
+        next_w, next_x = _factors(low, weight, r, token, length, STEPS)
+        raw += w[:, None] * x
+    raw += tl.load(bias + row)[:, None]
     return tl.where(at < length, _softplus(raw), 0.0)
 
 
 @triton.jit
-def _weighted(low, weight, r, token, length, row, valid, R, STEPS: tl.constexpr):
-    """weight[row, r] · low[r, token] (M, STEPS)."""
-    w = tl.load(weight + row * R + r, mask=valid, other=0.0)
-    x = _load(low + r * length, token * 0, token, length, valid, STEPS)
-    return w[:, None] * x
+def _factors(low, weight, r, token, length, STEPS: tl.constexpr):
+    """weight[r] (M,) and low[r, token] (M, STEPS); weight (M,) pointers."""
+    return tl.load(weight + r), _load(low + r * length, token * 0, token, length, STEPS)
 
 
 @triton.jit
@@ -62,9 +74,10 @@ def _softplus_slope(dt):
 def _borders(chunk, chunks, REVERSE: tl.constexpr):
     """By which border a walk enters this chunk and by which it leaves, and whether they are kept.
 
-    Border c lies between the chunks c and c + 1.
+    Border c lies between the chunks c and c + 1. One that is not kept is named by a neighbour.
     """
-    before, has_before, after, has_after = chunk - 1, chunk > 0, chunk, chunk < chunks - 1
+    before, has_before = tl.maximum(chunk - 1, 0), chunk > 0
+    after, has_after = tl.maximum(tl.minimum(chunk, chunks - 2), 0), chunk < chunks - 1
     if REVERSE:
         return after, has_after, before, has_before
     else:  # noqa: RET505
@@ -104,16 +117,14 @@ def _map_ends_kernel(
     image = sequence % batches
     order = sequence // batches
 
-    pair = tl.arange(0, ROWS * LANES)
-    pair_row = block * ROWS + pair // LANES
-    pair_valid = pair_row < channels
+    pair_row, _ = _rows(block, channels, ROWS, LANES)
     pair_start = (sequence * channels + pair_row).to(tl.int64) * length
-    pair_token = (chunk * LANES + pair % LANES) * STEPS
-    row = block * ROWS + tl.arange(0, ROWS)
-    valid = row < channels
-    token = (chunk * LANES + tl.arange(0, LANES)) * STEPS
+    row, valid = _rows(block, channels, ROWS, 1)
     projected += sequence.to(tl.int64) * 2 * (R + 2 * N) * length
+    n = pid % N
     for walk in tl.static_range(2):
+        token = _tokens(chunk, 1, LANES, STEPS, (walk == 0) != GRADIENT)
+        pair_token = _tokens(chunk, ROWS, LANES, STEPS, (walk == 0) != GRADIENT)
         direction = order + 2 * walk
         low = projected + walk * (R + 2 * N) * length
         matrix = low + R * length
@@ -126,23 +137,24 @@ def _map_ends_kernel(
             pair_token,
             length,
             pair_row,
-            pair_valid,
             R,
+            pid % R,
             STEPS,
         )
         dt = tl.reshape(dt, [ROWS, LANES, STEPS])
-        inputs = _load(x, pair_start, pair_token, length, pair_valid, STEPS)
+        inputs = _load(x, pair_start, pair_token, length, STEPS)
         inputs = tl.reshape(inputs, [ROWS, LANES, STEPS])
         if not GRADIENT:
             inputs *= dt
         times, span = _times(dt, GRADIENT, (walk == 1) != GRADIENT)
         out = ((direction * batches + image) * chunks + chunk).to(tl.int64) * channels + row
         tl.store(spans + out, span, mask=valid)
-        for n in range(N):
-            rate = tl.load(A + (direction * channels + row) * N + n, mask=valid, other=0.0)
-            w = _load(matrix + n * length, token * 0, token, length, token < length, STEPS)
-            share = tl.exp2(times * (rate * LOG2_E)[:, None, None]) * inputs * w[None]
+        for _ in range(N):
+            rate = tl.load(A + (direction * channels + row) * N + n) * LOG2_E
+            w = _load(matrix + n * length, token * 0, token, length, STEPS)
+            share = tl.exp2(times * rate[:, None, None]) * inputs * w[None]
             tl.store(ends + out * N + n, tl.sum(tl.sum(share, 2), 1), mask=valid)
+            n = _following(n, N)
 
 
 @triton.jit(do_not_specialize=SIZES)
@@ -186,17 +198,18 @@ def _map_output_kernel(
     image = sequence % batches
     order = sequence // batches
 
-    pair = tl.arange(0, ROWS * LANES)
-    pair_row = block * ROWS + pair // LANES
-    pair_valid = pair_row < channels
+    pair_row, pair_valid = _rows(block, channels, ROWS, LANES)
     pair_start = (sequence * channels + pair_row).to(tl.int64) * length
-    row = block * ROWS + tl.arange(0, ROWS)
-    valid = row < channels
+    row, valid = _rows(block, channels, ROWS, 1)
     lane = tl.arange(0, LANES)
     projected += sequence.to(tl.int64) * 2 * (R + 2 * N) * length
+    n = tl.program_id(0) % N
     for walk in tl.static_range(2):
         direction = order + 2 * walk
         low = projected + walk * (R + 2 * N) * length
+        B = low + R * length
+        C = B + N * length
+        own_A = A + (direction * channels + row) * N
         own_states = states + (direction * batches + image).to(tl.int64) * (
             (chunks - 1) * channels * N
         )
@@ -204,8 +217,11 @@ def _map_output_kernel(
             chunk = first + index
             if STREAM and walk == 1:
                 chunk = chunks - 1 - index
-            token = (chunk * LANES + lane) * STEPS
-            pair_token = (chunk * LANES + pair % LANES) * STEPS
+            token = _tokens(chunk, 1, LANES, STEPS, walk == 1)
+            pair_token = _tokens(chunk, ROWS, LANES, STEPS, walk == 1)
+            entry, has_entry, way_out, has_way_out = _borders(chunk, chunks, walk == 1)
+            carries = own_states + (entry * channels + row) * N
+            rate, carry, b, c = _state_inputs(own_A, carries, B, C, n, token, length, STEPS)
             dt = _step_sizes(
                 low,
                 weight + direction * channels * R,
@@ -213,41 +229,37 @@ def _map_output_kernel(
                 pair_token,
                 length,
                 pair_row,
-                pair_valid,
                 R,
+                tl.program_id(0) % R,
                 STEPS,
             )
             dt = tl.reshape(dt, [ROWS, LANES, STEPS])
-            inputs = _load(x, pair_start, pair_token, length, pair_valid, STEPS)
-            skip = tl.load(D + direction * channels + pair_row, mask=pair_valid, other=0.0)
-            out = skip[:, None] * inputs
+            inputs = _load(x, pair_start, pair_token, length, STEPS)
+            out = tl.load(D + direction * channels + pair_row)[:, None] * inputs
             if walk == 1:
-                out += _load(y, pair_start, pair_token, length, pair_valid, STEPS)
+                out += _load(y, pair_start, pair_token, length, STEPS)
             inputs = tl.reshape(inputs, [ROWS, LANES, STEPS]) * dt
             out = tl.reshape(out, [ROWS, LANES, STEPS])
             span = tl.sum(dt, 2)
-            entry, has_entry, way_out, has_way_out = _borders(chunk, chunks, walk == 1)
-            is_last_lane = lane == (0 if walk == 1 else LANES - 1)
-            for n in range(N):
-                rate = tl.load(A + (direction * channels + row) * N + n, mask=valid, other=0.0)
-                rate *= LOG2_E
-                at = (entry * channels + row) * N + n
-                carry = tl.load(own_states + at, mask=valid & _repeat(has_entry, ROWS), other=0.0)
-                matrix = low + (R + n) * length
-                b = _load(matrix, token * 0, token, length, token < length, STEPS)
-                c = _load(matrix + N * length, token * 0, token, length, token < length, STEPS)
+            is_kept = _repeat(has_way_out, LANES) & (lane == LANES - 1)
+            for _ in range(N):
+                following = _following(n, N)
+                next_rate, next_carry, next_b, next_c = _state_inputs(
+                    own_A, carries, B, C, following, token, length, STEPS
+                )
                 decay = tl.exp2(dt * rate[:, None, None])
                 share = inputs * b[None]
                 end = _lane_ends(decay, share, False, walk == 1)
                 lane_decay = tl.exp2(span * rate[:, None])
-                entering, leaving = _join_lanes(lane_decay, end, carry, walk == 1)
+                carry = tl.where(has_entry, carry, 0.0)
+                entering, leaving = _join_lanes(lane_decay, end, carry)
                 inherited, state = _states(decay, share, entering, walk == 1)
                 out += state * c[None]
                 if STREAM:
-                    at = (way_out * channels + row) * N + n
-                    is_kept = valid & _repeat(has_way_out, ROWS)
-                    is_kept = is_kept[:, None] & is_last_lane[None, :]
-                    tl.store(own_states + at[:, None] + lane[None, :] * 0, leaving, mask=is_kept)
+                    at = own_states + (way_out * channels + row) * N + n
+                    is_stored = valid[:, None] & is_kept[None, :]
+                    tl.store(at[:, None] + lane[None, :] * 0, leaving, mask=is_stored)
+                n, rate, carry, b, c = following, next_rate, next_carry, next_b, next_c
             out = tl.reshape(out, [ROWS * LANES, STEPS])
             _store(y, out, pair_start, pair_token, length, pair_valid, STEPS)
             tl.debug_barrier()  # what comes next reads the states and outputs that this one stored
@@ -294,32 +306,38 @@ def _map_gradient_kernel(
     image = sequence % batches
     order = sequence // batches
 
-    lane = tl.arange(0, LANES)
-    pair = tl.arange(0, ROWS * LANES)
-    token = (chunk * LANES + lane) * STEPS
-    pair_token = (chunk * LANES + pair % LANES) * STEPS
+    TILE: tl.constexpr = LANES * STEPS
     projected += sequence.to(tl.int64) * 2 * (R + 2 * N) * length
-    grad_matrices += (split * 2 * batches + sequence).to(tl.int64) * 4 * N * length
     grad_dt += sequence.to(tl.int64) * 2 * channels * length
+    # of B, then of C
+    sum_index = tl.max_contiguous(tl.arange(0, 2 * TILE), 1)
+    sum_lane = sum_index % TILE // STEPS
+    grad_matrices += (split * 2 * batches + sequence).to(tl.int64) * 4 * N * length
+    grad_matrices += sum_index // TILE * N * length
 
+    n = pid % N
     first_block = split * blocks // splits
     for block in range(first_block, (split + 1) * blocks // splits):
-        pair_row = block * ROWS + pair // LANES
-        pair_valid = pair_row < channels
+        pair_row, pair_valid = _rows(block, channels, ROWS, LANES)
         pair_start = (sequence * channels + pair_row).to(tl.int64) * length
-        row = block * ROWS + tl.arange(0, ROWS)
-        valid = row < channels
-        is_later = (token < length) & _repeat(block > first_block, LANES)
+        row, valid = _rows(block, channels, ROWS, 1)
         for walk in tl.static_range(2):
             direction = order + 2 * walk
+            pair_token = _tokens(chunk, ROWS, LANES, STEPS, walk == 1)
+            if walk == 1:
+                sum_token = (chunk * LANES + LANES - 1 - sum_lane) * STEPS + sum_index % STEPS
+            else:
+                sum_token = chunk * TILE + sum_index % TILE
+            is_later = (sum_token < length) & _repeat(block > first_block, 2 * TILE)
             low = projected + walk * (R + 2 * N) * length
+            B = low + R * length
+            C = B + N * length
             own = (direction * batches + image).to(tl.int64)
             entry, has_entry, way_out, has_way_out = _borders(chunk, chunks, walk == 1)
-            entry_at = (own * (chunks - 1) + entry) * channels + row
-            way_out_at = (own * (chunks - 1) + way_out) * channels + row
-            sums = grad_rows + ((own * chunks + chunk) * channels + row) * (N + R + 2)
-            for_b_at = grad_matrices + walk * 2 * N * length
-            for_c_at = for_b_at + N * length
+            carries = states + ((own * (chunks - 1) + entry) * channels + row) * N
+            lates = gradients + ((own * (chunks - 1) + way_out) * channels + row) * N
+            row_sums = grad_rows + ((own * chunks + chunk) * channels + row) * (N + R + 2)
+            sums_at = grad_matrices + walk * 2 * N * length + sum_token
 
             dt = _step_sizes(
                 low,
@@ -328,67 +346,62 @@ def _map_gradient_kernel(
                 pair_token,
                 length,
                 pair_row,
-                pair_valid,
                 R,
+                pid % R,
                 STEPS,
             )
             dt = tl.reshape(dt, [ROWS, LANES, STEPS])
-            inputs = _load(x, pair_start, pair_token, length, pair_valid, STEPS)
+            # rows that are not there add nothing to the sums over rows
+            inputs = _load(x, pair_start, pair_token, length, STEPS)
+            inputs = tl.where(pair_valid[:, None], inputs, 0.0)
             inputs = tl.reshape(inputs, [ROWS, LANES, STEPS]) * dt
-            dy = _load(grad_y, pair_start, pair_token, length, pair_valid, STEPS)
+            dy = _load(grad_y, pair_start, pair_token, length, STEPS)
+            dy = tl.where(pair_valid[:, None], dy, 0.0)
             dy = tl.reshape(dy, [ROWS, LANES, STEPS])
             span = tl.sum(dt, 2)
             for_inputs = tl.zeros([ROWS, LANES, STEPS], tl.float32)
             for_dt = tl.zeros([ROWS, LANES, STEPS], tl.float32)
-            for n in range(N):
-                a = tl.load(A + (direction * channels + row) * N + n, mask=valid, other=0.0)
-                has_late = valid & _repeat(has_way_out, ROWS)
-                late = tl.load(gradients + way_out_at * N + n, mask=has_late, other=0.0)
-                has_carry = valid & _repeat(has_entry, ROWS)
-                carry = tl.load(states + entry_at * N + n, mask=has_carry, other=0.0)
-                matrix = low + (R + n) * length
-                b = _load(matrix, token * 0, token, length, token < length, STEPS)
-                c = _load(matrix + N * length, token * 0, token, length, token < length, STEPS)
+            for _ in range(N):
+                a = tl.load(A + (direction * channels + row) * N + n)
+                late = tl.where(has_way_out, tl.load(lates + n), 0.0)
+                carry = tl.where(has_entry, tl.load(carries + n), 0.0)
+                b = _load_for_rows(B + n * length, chunk, length, dt.shape, WARPS, walk == 1)
+                c = _load_for_rows(C + n * length, chunk, length, dt.shape, WARPS, walk == 1)
                 decay = tl.exp2(dt * (a * LOG2_E)[:, None, None])
                 lane_decay = tl.exp2(span * (a * LOG2_E)[:, None])
 
-                share = inputs * b[None]
+                share = inputs * b
                 end = _lane_ends(decay, share, False, walk == 1)
-                entering, leaving = _join_lanes(lane_decay, end, carry, walk == 1)
+                entering, leaving = _join_lanes(lane_decay, end, carry)
                 inherited, state = _states(decay, share, entering, walk == 1)
-                for_c = _sum_rows(state * dy, WARPS)
 
-                share = dy * c[None]
+                share = dy * c
                 end = _lane_ends(decay, share, True, walk == 0)
-                entering, leaving = _join_lanes(lane_decay, end, late, walk == 0)
+                entering = _join_later_lanes(lane_decay, end, late)
                 grad_state = _state_gradients(decay, share, entering, walk == 0)
-                for_b = _sum_rows(grad_state * inputs, WARPS)
 
-                for_inputs += grad_state * b[None]
+                sums = _sum_rows(grad_state * inputs, state * dy, WARPS)
+                sums += tl.load(sums_at + n * length, mask=is_later, other=0.0)
+                tl.store(sums_at + n * length, sums, mask=sum_token < length)
+                for_inputs += grad_state * b
                 for_exponent = grad_state * inherited
                 for_dt += for_exponent * a[:, None, None]
-                for_a = tl.sum(tl.sum(for_exponent * dt, 2), 1)
-                tl.store(sums + n, for_a, mask=valid)
-                at = n * length
-                for_b += _load(for_b_at + at, token * 0, token, length, is_later, STEPS)
-                for_c += _load(for_c_at + at, token * 0, token, length, is_later, STEPS)
-                _store(for_b_at + at, for_b, token * 0, token, length, token < length, STEPS)
-                _store(for_c_at + at, for_c, token * 0, token, length, token < length, STEPS)
+                _store_row_sums(row_sums + n, for_exponent * dt, valid)
+                n = _following(n, N)
 
-            inputs = _load(x, pair_start, pair_token, length, pair_valid, STEPS)
+            inputs = _load(x, pair_start, pair_token, length, STEPS)
             inputs = tl.reshape(inputs, [ROWS, LANES, STEPS])
             for_dt = (for_dt + for_inputs * inputs) * _softplus_slope(dt)
             for r in range(R):
-                w = _load(low + r * length, token * 0, token, length, token < length, STEPS)
-                for_weight = tl.sum(tl.sum(for_dt * w[None], 2), 1)
-                tl.store(sums + N + r, for_weight, mask=valid)
-            tl.store(sums + N + R, tl.sum(tl.sum(dy * inputs, 2), 1), mask=valid)
-            tl.store(sums + N + R + 1, tl.sum(tl.sum(for_dt, 2), 1), mask=valid)
-            skip = tl.load(D + direction * channels + row, mask=valid, other=0.0)
+                w = _load_for_rows(low + r * length, chunk, length, dt.shape, WARPS, walk == 1)
+                _store_row_sums(row_sums + N + r, for_dt * w, valid)
+            _store_row_sums(row_sums + N + R, dy * inputs, valid)
+            _store_row_sums(row_sums + N + R + 1, for_dt, valid)
+            skip = tl.load(D + direction * channels + row)
             for_inputs = for_inputs * dt + skip[:, None, None] * dy
             for_inputs = tl.reshape(for_inputs, [ROWS * LANES, STEPS])
             if walk == 1:
-                for_inputs += _load(grad_x, pair_start, pair_token, length, pair_valid, STEPS)
+                for_inputs += _load(grad_x, pair_start, pair_token, length, STEPS)
             _store(grad_x, for_inputs, pair_start, pair_token, length, pair_valid, STEPS)
             for_dt = tl.reshape(for_dt, [ROWS * LANES, STEPS])
             dt_start = (walk * channels + pair_row).to(tl.int64) * length

@@ -206,10 +206,7 @@ def _forward(
             states,
             *sizes.of_kernels(shape.rows),
             STREAM=stream,
-            ROWS=shape.rows,
-            LANES=shape.lanes,
-            STEPS=shape.steps,
-            num_warps=shape.warps,
+            **shape.options(),
         )
     return y, states
 
@@ -268,11 +265,8 @@ def _backward(
                 *kernel_sizes[:-1],
                 splits,
                 kernel_sizes[-1],
-                ROWS=shape.rows,
-                LANES=shape.lanes,
-                STEPS=shape.steps,
                 WARPS=shape.warps,
-                num_warps=shape.warps,
+                **shape.options(),
             )
     grad_projected = torch.empty_like(projected)
     # (2 orders, 1, 2 walks, R, D) from (4 directions, D, R)
@@ -330,9 +324,10 @@ def _sizes(x: Tensor, weight: Tensor, A: Tensor) -> _Sizes:
 
 
 def _empty_states(x: Tensor, sizes: _Sizes) -> Tensor:
-    borders = max(sizes.chunks - 1, 0)
-    shape = (4, sizes.batch, borders, sizes.channels, sizes.states)
-    return x.new_empty(shape, dtype=torch.float32)
+    """States between chunks; of a single chunk one of zeros, which kernels read and drop."""
+    shape = (4, sizes.batch, max(sizes.chunks - 1, 1), sizes.channels, sizes.states)
+    make = x.new_empty if sizes.chunks > 1 else x.new_zeros
+    return make(shape, dtype=torch.float32)
 
 
 def _enter_chunks(
@@ -364,10 +359,7 @@ def _enter_chunks(
         spans,
         *kernel_sizes,
         GRADIENT=gradient,
-        ROWS=shape.rows,
-        LANES=shape.lanes,
-        STEPS=shape.steps,
-        num_warps=shape.warps,
+        **shape.options(),
     )
     width, depth = _tuning.carry
     _carry_kernel[(triton.cdiv(sizes.channels * sizes.states, width), 4 * sizes.batch)](
