@@ -1,21 +1,21 @@
 """Stronger augmentation, off by default: torchvision's transforms, drawn from a sample's generator.
 
 What is geometry moves the whole pair; what is colour changes rgb alone, what is a camera's own
-drift changes thermal alone.
+drift changes thermal alone. A turn is torchvision's RandomAffine, resampled by OpenCV: the same
+pixels but for rounding, ten times as fast.
 """
 
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+import cv2
 import numpy as np
 import torch
-from torchvision import tv_tensors
 from torchvision.transforms import v2
 
 from configs.schema import AugmentConfig
 from dataloader.transforms import PADDING, Pair
-from utils.image import UNKNOWN_LABEL
 
 
 class StrongAugmentation:
@@ -27,13 +27,6 @@ class StrongAugmentation:
 
     def __init__(self, settings: AugmentConfig) -> None:
         self.settings = settings
-        affine = v2.RandomAffine(
-            settings.rotation,
-            shear=settings.shear,
-            interpolation=v2.InterpolationMode.BILINEAR,  # of images; masks are never blended
-            fill={tv_tensors.Image: None, tv_tensors.Mask: UNKNOWN_LABEL},  # None: a faster 0
-        )
-        self._geometry = affine if settings.rotation or settings.shear else v2.Identity()
         colors = v2.ColorJitter(
             settings.brightness, settings.contrast, settings.saturation, settings.hue
         )
@@ -47,34 +40,48 @@ class StrongAugmentation:
         with global_draws_from(generator):
             for group, used in zip(groups, is_used.tolist(), strict=True):
                 pair = group(pair) if used else pair
-        outside = pair.valid == 0
-        images = [pair.rgb.copy(), pair.thermal.copy()]
-        for image, padding in zip(images, PADDING, strict=False):
-            image[outside] = padding
-        return Pair(*images, pair.label, pair.valid)
+        rgb, thermal = (cv2.copyTo(x, pair.valid) for x in (pair.rgb, pair.thermal))  # else 0
+        return pair._replace(rgb=rgb, thermal=thermal)
 
     def _move(self, pair: Pair) -> Pair:
-        images = np.concatenate((pair.rgb.transpose(2, 0, 1), pair.thermal[None]))
-        masks = np.stack((pair.label, 1 - pair.valid))  # filled with 255: unknown, and padding
-        images, masks = self._geometry(
-            tv_tensors.Image(torch.from_numpy(images)), tv_tensors.Mask(torch.from_numpy(masks))
+        turn, shear = self.settings.rotation, self.settings.shear
+        if not (turn or shear):
+            return pair
+        height, width = pair.label.shape
+        angle, _, _, (lean, _) = v2.RandomAffine.get_params(
+            [-turn, turn], None, None, [-shear, shear], [width, height]
         )
-        rgb, thermal = _to_array(images[:3]), images[3].numpy()
-        label, is_padding = masks.numpy()
-        return Pair(rgb, thermal, label, (is_padding == 0).astype(np.uint8))
+        matrix = _affine_matrix(height, width, angle, lean)
+
+        def moved(image: np.ndarray, interpolation: int, padding: int) -> np.ndarray:
+            return cv2.warpAffine(
+                image, matrix, (width, height), flags=interpolation, borderValue=padding
+            )
+
+        images = cv2.cvtColor(pair.rgb, cv2.COLOR_RGB2RGBA)  # four channels: twice as fast as three
+        cv2.insertChannel(pair.thermal, images, 3)
+        images = moved(images, cv2.INTER_LINEAR, 0)
+        return Pair(
+            rgb=cv2.cvtColor(images, cv2.COLOR_RGBA2RGB),
+            thermal=cv2.extractChannel(images, 3),
+            label=moved(pair.label, cv2.INTER_NEAREST, PADDING.label),
+            valid=moved(pair.valid, cv2.INTER_NEAREST, PADDING.valid),
+        )
 
     def _change_rgb(self, pair: Pair) -> Pair:
-        image = torch.from_numpy(np.ascontiguousarray(pair.rgb.transpose(2, 0, 1)))
-        return pair._replace(rgb=_to_array(self._photometry(tv_tensors.Image(image))))
+        planes = np.empty((3, *pair.label.shape), np.uint8)
+        cv2.split(pair.rgb, list(planes))
+        changed = self._photometry(torch.from_numpy(planes))
+        return pair._replace(rgb=cv2.merge(list(changed.numpy())))
 
     def _change_thermal(self, pair: Pair) -> Pair:
         gain_at, offset_at, noise_at = (2 * torch.rand(3) - 1).tolist()
         gain = 1 + gain_at * self.settings.thermal_gain
         offset = 255 * offset_at * self.settings.thermal_offset
         noise = 255 * abs(noise_at) * self.settings.thermal_noise
-        image = torch.from_numpy(pair.thermal) * gain + offset
-        image += noise * torch.randn(image.shape)
-        return pair._replace(thermal=image.round().clamp(0, 255).to(torch.uint8).numpy())
+        image = torch.randn(pair.thermal.shape).mul_(noise).add_(offset)
+        image.add_(torch.from_numpy(pair.thermal), alpha=gain).round_().clamp_(0, 255)
+        return pair._replace(thermal=image.to(torch.uint8).numpy())
 
 
 def paste_box(pair: Pair, other: Pair, generator: torch.Generator) -> Pair:
@@ -109,6 +116,9 @@ def global_draws_from(generator: torch.Generator) -> Iterator[None]:
         torch.set_rng_state(outside)
 
 
-def _to_array(image: torch.Tensor) -> np.ndarray:
-    """(3, H, W) -> (H, W, 3), contiguous."""
-    return np.ascontiguousarray(image.numpy().transpose(1, 2, 0))
+def _affine_matrix(height: int, width: int, angle: float, shear: float) -> np.ndarray:
+    """(2, 3), source to result: shear along x, then clockwise turn (degrees), about the centre."""
+    x, y = (width - 1) / 2, (height - 1) / 2
+    slope = math.tan(math.radians(shear))
+    lean = np.array([[1, -slope, slope * y], [0, 1, 0], [0, 0, 1]])
+    return cv2.getRotationMatrix2D((x, y), -angle, 1) @ lean

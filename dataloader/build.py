@@ -172,7 +172,7 @@ def build_eval_loader(
 
 
 def _keep_freed_memory() -> None:
-    """Have the C library keep what freed batches leave, which it judges by what it saw freed.
+    """Have the C library keep what freed images leave, which it judges by what it saw freed.
 
     Memory that is new to the process costs several times the conversion that fills it.
     """
@@ -200,6 +200,7 @@ def _group_signals_blocked() -> Iterator[None]:
 def _prepare_worker(worker: int) -> None:
     """One thread, no warnings that the main process gave, and an end at its command alone."""
     cv2.setNumThreads(0)
+    _keep_freed_memory()
     logging.getLogger("utils.image").setLevel(logging.ERROR)
     if sys.platform == "linux":
         threading.Thread(target=_obey_main_process, daemon=True).start()

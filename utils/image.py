@@ -76,7 +76,7 @@ def read_label(path: str | Path, palette: Palette = ()) -> np.ndarray:
         )
     if image.max() > 255:
         raise InputError(f"label {path} holds {image.max()}; class indices end at 255 (unknown)")
-    return image.astype(np.uint8)
+    return image.astype(np.uint8, copy=False)
 
 
 def thermal_to_uint8(image: np.ndarray) -> np.ndarray:
@@ -241,7 +241,8 @@ def _is_cut_short(data: bytes) -> bool:
     """Whether a PNG or JPEG ends inside its pixels: OpenCV pads such a JPEG with grey."""
     for signature, (begin, end) in _LAST_BLOCKS.items():
         if data.startswith(signature):
-            return data.rfind(end) < data.rfind(begin)
+            end_at = data.rfind(end)
+            return data.find(begin, max(end_at, 0)) >= 0  # from the end on: only the file's tail
     return False
 
 
