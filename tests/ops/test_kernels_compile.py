@@ -20,27 +20,33 @@ pytestmark = pytest.mark.skipif(
 )
 
 SIZES = {"length", "channels", "groups", "R", "N", "chunks", "blocks", "batches", "splits", "rows"}
-SIZES |= {"reversed_sets"}
+SIZES |= {"reversed_sets", "columns", "x_rows", "tiles", "rounds"}
 INDICES = {"pixels", "steps"}
-FLOAT32 = {"A", "ends", "spans", "states", "gradients", "grad_rows"}  # whatever the inputs are
+FLOAT32 = {"A", "ends", "spans", "states", "gradients", "grad_rows", "grad_matrices", "parts"}
 TILE = {"ROWS": 2, "LANES": 32, "STEPS": 2}
+WARPS = {"ROWS": 8, "WARPS": 4}  # two rows in each warp
+PRODUCT = {"ROWS": 64, "COLUMNS": 64, "TOKENS": 32}
 CASES = [
     (rows._chunk_ends_kernel, {"SOFTPLUS": True, "REVERSE": True, **TILE}),
     (rows._carry_kernel, {"WIDTH": 64, "DEPTH": 16}),
     (rows._output_kernel, {"STREAM": True, "SOFTPLUS": True, "CHUNK": 64, **TILE}),
     (rows._output_kernel, {"STREAM": False, "SOFTPLUS": False, "CHUNK": 64, **TILE}),
-    (rows._gradient_kernel, {"SOFTPLUS": True, "WARPS": 1, **TILE}),
+    (rows._gradient_kernel, {"SOFTPLUS": True, **TILE, **WARPS}),
     (maps._map_ends_kernel, {"GRADIENT": True, **TILE}),
     (maps._map_output_kernel, {"STREAM": True, **TILE}),
     (maps._map_output_kernel, {"STREAM": False, **TILE}),
-    (maps._map_gradient_kernel, {"WARPS": 1, **TILE}),
+    (maps._map_gradient_kernel, {**TILE, **WARPS}),
+    (maps._long_product_kernel, {"PRECISION": "ieee", **PRODUCT}),
+    (maps._long_product_kernel, {"PRECISION": "tf32", **PRODUCT}),
     (maps._to_orders_kernel, {"ROWS": 4, "TOKENS": 128}),
     (maps._from_orders_kernel, {"ROWS": 4, "TOKENS": 128}),
 ]
 
 
 def name_of(case):
-    return "-".join([case[0].__name__, *(k for k, v in case[1].items() if v is True)])
+    kernel, constants = case
+    kinds = [k if v is True else v for k, v in constants.items() if v is True or isinstance(v, str)]
+    return "-".join([kernel.__name__, *kinds])
 
 
 @pytest.mark.parametrize("are_one", [False, True], ids=["sizes", "ones"])
@@ -58,5 +64,6 @@ def test_compiles(case, dtype, are_one, tmp_path, monkeypatch):
     indices = {(kernel.arg_names.index(name),): value for name, value in constants.items()}
     source = triton.compiler.ASTSource(fn=kernel, signature=kinds, constexprs=indices)
     target = compiler.GPUTarget("cuda", 90, 32)
-    compiled = triton.compile(source, target=target, options={"num_warps": 1})
+    options = {"num_warps": constants.get("WARPS", 1)}
+    compiled = triton.compile(source, target=target, options=options)
     assert len(compiled.asm["cubin"]) > 0

@@ -153,6 +153,10 @@ def test_interpreted_operators_are_well_registered():
     torch.library.opcheck(module._to_orders, (x, "window", 2))
     ordered = torch.randn(2, 1, 2, 12, requires_grad=True)
     torch.library.opcheck(module._from_orders, (ordered, 3, 4, "window", 2))
+    weight = torch.randn(2, 3, 2, requires_grad=True)
+    torch.library.opcheck(module._project, (ordered, weight))
+    gradient = torch.randn(2, 1, 3, 12)
+    torch.library.opcheck(module._project_weight_gradient, (gradient, ordered.detach()))
     shapes = ((2, 1, 2, 6), (2, 1, 2, 3, 6), (4, 2, 1), (4, 2), (4, 2, 1), (4, 2))
     inputs = [torch.randn(shape, requires_grad=True) for shape in shapes]
     torch.library.opcheck(module._forward, tuple(inputs))

@@ -104,16 +104,23 @@ def _following(n, N):
 
 @triton.jit
 def _load_for_rows(
-    ptr, chunk, length, shape: tl.constexpr, WARPS: tl.constexpr, REVERSE: tl.constexpr
+    ptr,
+    chunk,
+    length,
+    ROWS: tl.constexpr,
+    LANES: tl.constexpr,
+    STEPS: tl.constexpr,
+    WARPS: tl.constexpr,
+    REVERSE: tl.constexpr,
 ):
-    """Tokens of one chunk, repeated for all rows of `shape` (ROWS, LANES, STEPS).
+    """Tokens of one chunk, the same for all rows: (ROWS, LANES, STEPS).
 
     Each of the WARPS that share the rows reads them itself, without a barrier.
     """
-    REST: tl.constexpr = shape[0] // WARPS
-    token = _tokens(chunk, WARPS, shape[1], shape[2], REVERSE)
-    x = tl.reshape(_load(ptr, token * 0, token, length, shape[2]), [1, WARPS, shape[1], shape[2]])
-    return tl.reshape(tl.broadcast_to(x, [REST, WARPS, shape[1], shape[2]]), shape)
+    REST: tl.constexpr = ROWS // WARPS
+    token = _tokens(chunk, WARPS, LANES, STEPS, REVERSE)
+    x = tl.reshape(_load(ptr, token * 0, token, length, STEPS), [1, WARPS, LANES, STEPS])
+    return tl.reshape(tl.broadcast_to(x, [REST, WARPS, LANES, STEPS]), [ROWS, LANES, STEPS])
 
 
 @triton.jit
@@ -627,8 +634,8 @@ def _gradient_kernel(
             late = tl.where(chunk < chunks - 1, late, 0.0)
             carry = tl.load(states + (carry_at + row) * N + n)
             carry = tl.where(chunk > 0, carry, 0.0)
-            b = _load_for_rows(B + n * length, chunk, length, dt.shape, WARPS, False)
-            c = _load_for_rows(C + n * length, chunk, length, dt.shape, WARPS, False)
+            b = _load_for_rows(B + n * length, chunk, length, ROWS, LANES, STEPS, WARPS, False)
+            c = _load_for_rows(C + n * length, chunk, length, ROWS, LANES, STEPS, WARPS, False)
             decay = tl.exp2(dt * (a * LOG2_E)[:, None, None])
             lane_decay = tl.exp2(span * (a * LOG2_E)[:, None])
 

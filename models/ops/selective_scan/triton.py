@@ -41,22 +41,26 @@ class _Shape(NamedTuple):
 
 
 class _Tuning(NamedTuple):
-    """Shapes of the kernels; all but `stream` cover one chunk of lanes x steps tokens."""
+    """Shapes of the kernels; all but `stream_single` cover one chunk of lanes x steps tokens."""
 
     ends: _Shape
     output: _Shape
     gradient: _Shape
     stream: _Shape
     stream_programs: int  # walk along the rows if there are this many programs at least
+    stream_single: _Shape  # for one state a channel, where all but memory is cheap
+    stream_single_programs: int
     gradient_programs: int  # share a group's channels among programs until there are so many
 
 
 _GPU = _Tuning(
     ends=_Shape(2, 32, 8, 1),
-    output=_Shape(2, 32, 8, 1),
+    output=_Shape(2, 32, 8, 1, registers=128),
     gradient=_Shape(8, 32, 8, 4),
-    stream=_Shape(1, 128, 8, 4),
-    stream_programs=264,
+    stream=_Shape(2, 32, 8, 1, registers=128),
+    stream_programs=1536,
+    stream_single=_Shape(1, 128, 8, 4),
+    stream_single_programs=264,
     gradient_programs=2112,
 )
 # The interpreter runs the same code on a CPU for tests: small tiles, all paths.
@@ -64,8 +68,10 @@ _INTERPRETER = _Tuning(
     ends=_Shape(2, 8, 4, 1),
     output=_Shape(2, 8, 4, 1),
     gradient=_Shape(2, 8, 4, 2),
-    stream=_Shape(1, 16, 4, 1),
-    stream_programs=4,
+    stream=_Shape(2, 8, 4, 1),
+    stream_programs=2,
+    stream_single=_Shape(1, 16, 4, 1),
+    stream_single_programs=4,
     gradient_programs=8,
 )
 _tuning = _INTERPRETER if _INTERPRETED else _GPU
@@ -111,10 +117,12 @@ def _forward(
     states = _empty_states(u, sizes)
     if y.numel() == 0:
         return y, states
-    shape = _tuning.stream
+    shape, enough = _tuning.stream, _tuning.stream_programs
+    if sizes.states == 1:
+        shape, enough = _tuning.stream_single, _tuning.stream_single_programs
     blocks = triton.cdiv(sizes.channels // sizes.groups, shape.rows)
     programs = blocks * sizes.groups * sizes.batch
-    stream = programs >= _tuning.stream_programs
+    stream = programs >= enough
     with _device(u):
         if not stream:
             _enter_chunks(sizes, delta, delta_bias, u, B, A, states, delta_softplus, reverse=False)
@@ -305,17 +313,31 @@ def _enter_chunks(
         REVERSE=reverse,
         **shape.options(),
     )
+    _carry(ends, spans, A, states, sizes.chunks, reversed_sets=int(reverse))
+
+
+def _carry(
+    ends: Tensor, spans: Tensor, A: Tensor, states: Tensor, chunks: int, reversed_sets: int
+) -> None:
+    """Fill states (sets ·) batch, chunks - 1, D, N from what each chunk hands on if zero enters it.
+
+    ends (sets ·) batch, chunks, D, N; spans without N; A (sets ·) D, N. A set is walked from the
+    last chunk if its bit is set.
+    """
+    channels, state_count = A.shape[-2:]
+    sequences = ends.numel() // (chunks * channels * state_count)
+    sets = A.numel() // (channels * state_count)
     width, depth = (32, 4) if _INTERPRETED else (64, 16)
-    _carry_kernel[(triton.cdiv(sizes.channels * sizes.states, width), sizes.batch)](
+    _carry_kernel[(triton.cdiv(channels * state_count, width), sequences)](
         ends,
         spans,
         A,
         states,
-        sizes.channels,
-        sizes.states,
-        sizes.chunks,
-        sizes.batch,
-        int(reverse),
+        channels,
+        state_count,
+        chunks,
+        sequences // sets,
+        reversed_sets,
         WIDTH=width,
         DEPTH=depth,
         num_warps=2,

@@ -35,31 +35,68 @@ from models.ops.selective_scan.kernels import (
 
 
 @triton.jit
-def _step_sizes(low, weight, bias, token, length, row, R, first, STEPS: tl.constexpr):
-    """dt = softplus(weight · low + bias) (M, STEPS), 0 past the end; token, row (M,).
+def _step_sizes(
+    low,
+    weight,
+    bias,
+    row,
+    chunk,
+    length,
+    R,
+    first,
+    ROWS: tl.constexpr,
+    LANES: tl.constexpr,
+    STEPS: tl.constexpr,
+    WARPS: tl.constexpr,
+    REVERSE: tl.constexpr,
+):
+    """dt = softplus(weight · low + bias) (ROWS, LANES, STEPS), 0 past the end; row (ROWS,).
 
-    The first product, that of rank `first`, stands before the loop: from it the sum takes its place
-    in registers, each lane's tokens in one thread.
+    Two ranks at a time, in a circle from rank 2 · `first`. The first product stands before the
+    loop: from it the sum takes its place in registers, each lane's tokens in one thread.
     """
-    at = token[:, None] + tl.arange(0, STEPS)[None, :]
     weight += row * R
-    w, x = _factors(low, weight, first, token, length, STEPS)
-    r = _following(first, R)
-    next_w, next_x = _factors(low, weight, r, token, length, STEPS)
-    raw = w[:, None] * x
-    for _ in range(1, R):
-        w, x = next_w, next_x
-        r = _following(r, R)
-        next_w, next_x = _factors(low, weight, r, token, length, STEPS)
-        raw += w[:, None] * x
-    raw += tl.load(bias + row)[:, None]
+    r = 2 * first
+    x, x_after = _two_ranks(low, r, R, chunk, length, ROWS, LANES, STEPS, WARPS, REVERSE)
+    w, w_after = _two_weights(weight, r, R)
+    raw = w[:, None, None] * x
+    raw += w_after[:, None, None] * x_after
+    for _ in range(2, R, 2):
+        r = tl.where(r + 2 < R, r + 2, 0)
+        x, x_after = _two_ranks(low, r, R, chunk, length, ROWS, LANES, STEPS, WARPS, REVERSE)
+        w, w_after = _two_weights(weight, r, R)
+        raw += w[:, None, None] * x
+        raw += w_after[:, None, None] * x_after
+    raw += tl.load(bias + row)[:, None, None]
+    token = _tokens(chunk, 1, LANES, STEPS, REVERSE)[None, :, None]
+    at = token + tl.arange(0, STEPS)[None, None, :]
     return tl.where(at < length, _softplus(raw), 0.0)
 
 
 @triton.jit
-def _factors(low, weight, r, token, length, STEPS: tl.constexpr):
-    """weight[r] (M,) and low[r, token] (M, STEPS); weight (M,) pointers."""
-    return tl.load(weight + r), _load(low + r * length, token * 0, token, length, STEPS)
+def _two_ranks(
+    low,
+    r,
+    R,
+    chunk,
+    length,
+    ROWS: tl.constexpr,
+    LANES: tl.constexpr,
+    STEPS: tl.constexpr,
+    WARPS: tl.constexpr,
+    REVERSE: tl.constexpr,
+):
+    """dt_low of ranks r and r + 1, the same for all rows."""
+    after = low + tl.minimum(r + 1, R - 1) * length
+    x = _load_for_rows(low + r * length, chunk, length, ROWS, LANES, STEPS, WARPS, REVERSE)
+    return x, _load_for_rows(after, chunk, length, ROWS, LANES, STEPS, WARPS, REVERSE)
+
+
+@triton.jit
+def _two_weights(weight, r, R):
+    """Those of ranks r and r + 1, or 0 for one that is not there; weight (ROWS,) pointers."""
+    after = tl.load(weight + tl.minimum(r + 1, R - 1))
+    return tl.load(weight + r), tl.where(r + 1 < R, after, 0.0)
 
 
 @triton.jit
@@ -134,14 +171,17 @@ def _map_ends_kernel(
             low,
             weight + direction * channels * R,
             bias + direction * channels,
-            pair_token,
+            row,
+            chunk,
             length,
-            pair_row,
             R,
-            pid % R,
+            pid % ((R + 1) // 2),
+            ROWS,
+            LANES,
             STEPS,
+            1,
+            (walk == 0) != GRADIENT,
         )
-        dt = tl.reshape(dt, [ROWS, LANES, STEPS])
         inputs = _load(x, pair_start, pair_token, length, STEPS)
         inputs = tl.reshape(inputs, [ROWS, LANES, STEPS])
         if not GRADIENT:
@@ -226,14 +266,17 @@ def _map_output_kernel(
                 low,
                 weight + direction * channels * R,
                 bias + direction * channels,
-                pair_token,
+                row,
+                chunk,
                 length,
-                pair_row,
                 R,
-                tl.program_id(0) % R,
+                tl.program_id(0) % ((R + 1) // 2),
+                ROWS,
+                LANES,
                 STEPS,
+                1,
+                walk == 1,
             )
-            dt = tl.reshape(dt, [ROWS, LANES, STEPS])
             inputs = _load(x, pair_start, pair_token, length, STEPS)
             out = tl.load(D + direction * channels + pair_row)[:, None] * inputs
             if walk == 1:
@@ -296,8 +339,8 @@ def _map_gradient_kernel(
     """All gradients of one chunk, for one of `splits` parts of the channels.
 
     grad_x as x; grad_dt (2 orders, batch, 2 walks, D, L), before softplus; grad_matrices (splits,
-    2, batch, 2, 2N, L) of B and C and grad_rows (4, batch, chunks, D, N + R + 2) of A, weight, D
-    and bias are summed afterwards: no atomics.
+    2, batch, 2, 2N, L) of B and C and grad_rows (4, batch, chunks, D, N + 2) of A, D and bias are
+    summed afterwards: no atomics.
     """
     pid = tl.program_id(0)
     split = pid % splits
@@ -336,21 +379,24 @@ def _map_gradient_kernel(
             entry, has_entry, way_out, has_way_out = _borders(chunk, chunks, walk == 1)
             carries = states + ((own * (chunks - 1) + entry) * channels + row) * N
             lates = gradients + ((own * (chunks - 1) + way_out) * channels + row) * N
-            row_sums = grad_rows + ((own * chunks + chunk) * channels + row) * (N + R + 2)
+            row_sums = grad_rows + ((own * chunks + chunk) * channels + row) * (N + 2)
             sums_at = grad_matrices + walk * 2 * N * length + sum_token
 
             dt = _step_sizes(
                 low,
                 weight + direction * channels * R,
                 bias + direction * channels,
-                pair_token,
+                row,
+                chunk,
                 length,
-                pair_row,
                 R,
-                pid % R,
+                pid % ((R + 1) // 2),
+                ROWS,
+                LANES,
                 STEPS,
+                WARPS,
+                walk == 1,
             )
-            dt = tl.reshape(dt, [ROWS, LANES, STEPS])
             # rows that are not there add nothing to the sums over rows
             inputs = _load(x, pair_start, pair_token, length, STEPS)
             inputs = tl.where(pair_valid[:, None], inputs, 0.0)
@@ -365,8 +411,12 @@ def _map_gradient_kernel(
                 a = tl.load(A + (direction * channels + row) * N + n)
                 late = tl.where(has_way_out, tl.load(lates + n), 0.0)
                 carry = tl.where(has_entry, tl.load(carries + n), 0.0)
-                b = _load_for_rows(B + n * length, chunk, length, dt.shape, WARPS, walk == 1)
-                c = _load_for_rows(C + n * length, chunk, length, dt.shape, WARPS, walk == 1)
+                b = _load_for_rows(
+                    B + n * length, chunk, length, ROWS, LANES, STEPS, WARPS, walk == 1
+                )
+                c = _load_for_rows(
+                    C + n * length, chunk, length, ROWS, LANES, STEPS, WARPS, walk == 1
+                )
                 decay = tl.exp2(dt * (a * LOG2_E)[:, None, None])
                 lane_decay = tl.exp2(span * (a * LOG2_E)[:, None])
 
@@ -392,11 +442,8 @@ def _map_gradient_kernel(
             inputs = _load(x, pair_start, pair_token, length, STEPS)
             inputs = tl.reshape(inputs, [ROWS, LANES, STEPS])
             for_dt = (for_dt + for_inputs * inputs) * _softplus_slope(dt)
-            for r in range(R):
-                w = _load_for_rows(low + r * length, chunk, length, dt.shape, WARPS, walk == 1)
-                _store_row_sums(row_sums + N + r, for_dt * w, valid)
-            _store_row_sums(row_sums + N + R, dy * inputs, valid)
-            _store_row_sums(row_sums + N + R + 1, for_dt, valid)
+            _store_row_sums(row_sums + N, dy * inputs, valid)
+            _store_row_sums(row_sums + N + 1, for_dt, valid)
             skip = tl.load(D + direction * channels + row)
             for_inputs = for_inputs * dt + skip[:, None, None] * dy
             for_inputs = tl.reshape(for_inputs, [ROWS * LANES, STEPS])
@@ -435,3 +482,44 @@ def _from_orders_kernel(x, steps, out, length, rows, ROWS: tl.constexpr, TOKENS:
     second = (row + rows).to(tl.int64) * length
     total += tl.load(x + second + step, mask=valid).to(tl.float32)
     tl.store(out + start + pixel[None, :], total.to(out.dtype.element_ty), mask=valid)
+
+
+@triton.jit(do_not_specialize=["rows", "columns", "x_rows", "tiles", "rounds"])
+def _long_product_kernel(
+    gradient,
+    x,
+    parts,
+    length,
+    rows,
+    columns,
+    x_rows,
+    tiles,
+    rounds,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    TOKENS: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """parts[s, q] = gradient[q] · x[q]ᵀ over the s-th `rounds` · TOKENS tokens of sequence q.
+
+    gradient (sequences, rows, L); x (sequences, x_rows, L), of which the first `columns`; parts
+    (splits, sequences, rows, columns). The sum over tokens is long and its result small: without
+    the cut few programs would run.
+    """
+    tile = tl.program_id(0)
+    split = tl.program_id(1)
+    sequence = tl.program_id(2)
+    row = (tile // tiles) * ROWS + tl.arange(0, ROWS)
+    column = (tile % tiles) * COLUMNS + tl.arange(0, COLUMNS)
+    gradient += (sequence * rows + row[:, None]).to(tl.int64) * length
+    x += (sequence * x_rows + column[:, None]).to(tl.int64) * length
+    total = tl.zeros([ROWS, COLUMNS], tl.float32)
+    for step in range(rounds):
+        token = ((split * rounds + step) * TOKENS + tl.arange(0, TOKENS))[None, :]
+        g = tl.load(gradient + token, mask=(row < rows)[:, None] & (token < length), other=0.0)
+        v = tl.load(x + token, mask=(column < columns)[:, None] & (token < length), other=0.0)
+        v = tl.trans(v.to(tl.float32))
+        total = tl.dot(g.to(tl.float32), v, total, input_precision=PRECISION)
+    out = (split * tl.num_programs(2) + sequence) * rows + row
+    is_inside = (row < rows)[:, None] & (column < columns)[None, :]
+    tl.store(parts + out[:, None].to(tl.int64) * columns + column[None, :], total, mask=is_inside)

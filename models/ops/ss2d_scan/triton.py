@@ -7,6 +7,7 @@ Saved for the backward are the two orders, their projections, and one state per 
 Deterministic: no atomics.
 """
 
+import math
 import os
 from typing import NamedTuple
 
@@ -14,10 +15,10 @@ import torch
 import triton
 from torch import Tensor
 
-from models.ops.selective_scan.kernels import _carry_kernel
-from models.ops.selective_scan.triton import _device, _Shape
+from models.ops.selective_scan.triton import _carry, _device, _Shape
 from models.ops.ss2d_scan.kernels import (
     _from_orders_kernel,
+    _long_product_kernel,
     _map_ends_kernel,
     _map_gradient_kernel,
     _map_output_kernel,
@@ -28,26 +29,35 @@ from models.ops.ss2d_scan.orders import scan_orders
 _INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 
+class _Product(NamedTuple):
+    """How a product that sums over tokens is cut: rows, columns and tokens at a time."""
+
+    rows: int
+    columns: int
+    tokens: int
+    programs: int  # cut the tokens into parts until there are so many
+
+
 class _Tuning(NamedTuple):
-    """Shapes of the kernels; all cover one chunk of lanes x steps tokens."""
+    """Shapes of the kernels; those of the scan cover one chunk of lanes x steps tokens."""
 
     ends: _Shape
     output: _Shape
     gradient: _Shape
     stream_programs: int  # walk along the rows if there are this many programs at least
     gradient_programs: int  # share the channels among programs until there are so many
-    carry: tuple[int, int]  # channels · states and chunks at a time
     reorder: tuple[int, int]  # channels and tokens of a program
+    product: _Product
 
 
 _GPU = _Tuning(
-    ends=_Shape(2, 32, 8, 1),
-    output=_Shape(2, 32, 8, 1),
+    ends=_Shape(4, 32, 8, 1),
+    output=_Shape(2, 32, 8, 1, registers=128),
     gradient=_Shape(8, 32, 8, 4),
-    stream_programs=1584,
-    gradient_programs=1056,
-    carry=(64, 16),
+    stream_programs=1536,
+    gradient_programs=2112,
     reorder=(4, 1024),
+    product=_Product(64, 64, 32, 1056),
 )
 # The interpreter runs the same code on a CPU for tests: small tiles, all paths.
 _INTERPRETER = _Tuning(
@@ -56,8 +66,8 @@ _INTERPRETER = _Tuning(
     gradient=_Shape(2, 8, 2, 2),
     stream_programs=6,
     gradient_programs=4,
-    carry=(32, 4),
     reorder=(2, 16),
+    product=_Product(16, 16, 16, 8),
 )
 _tuning = _INTERPRETER if _INTERPRETED else _GPU
 
@@ -82,9 +92,9 @@ def ss2d_scan_triton(
     if x.dtype == torch.float64:
         raise RuntimeError("scan backend 'triton' has a float32 state; use 'chunked' for float64")
     ordered = _to_orders(x, scan, window)  # (2, B, D, L)
-    # (2 orders, 1, 2 walks · (R + 2N), D) from (4 directions, ...); direction = order + 2 · walk
-    weight = x_proj_weight.unflatten(0, (2, 2)).transpose(0, 1).flatten(1, 2)[:, None]
-    projected = torch.matmul(weight, ordered).unflatten(2, (2, -1))
+    # (2 orders, 2 walks · (R + 2N), D) from (4 directions, ...); direction = order + 2 · walk
+    weight = x_proj_weight.unflatten(0, (2, 2)).transpose(0, 1).flatten(1, 2)
+    projected = _project(*_autocast(ordered, weight)).unflatten(2, (2, -1))
     A = -torch.exp(A_logs.float()).unflatten(0, (4, -1))
     parameters = (
         dt_projs_weight.float(),
@@ -173,6 +183,84 @@ def _reorder_sizes(ordered: Tensor) -> tuple[int, int]:
     return ordered.shape[3], ordered.shape[1] * ordered.shape[2]
 
 
+def _autocast(*tensors: Tensor) -> list[Tensor]:
+    """What autocast makes of a matrix product's factors."""
+    kind = tensors[0].device.type
+    enabled = torch.is_autocast_enabled(kind)
+    return [x.to(torch.get_autocast_dtype(kind)) if enabled else x for x in tensors]
+
+
+@torch.library.custom_op("cmfs::project_orders", mutates_args=())
+def _project(x: Tensor, weight: Tensor) -> Tensor:
+    """weight (2 orders, outputs, D) · x (2, B, D, L) -> (2, B, outputs, L)."""
+    return torch.matmul(weight[:, None], x)
+
+
+@_project.register_fake
+def _(x, weight):
+    return x.new_empty(2, x.shape[1], weight.shape[1], x.shape[3])
+
+
+@torch.library.custom_op("cmfs::project_orders_weight_gradient", mutates_args=())
+def _project_weight_gradient(gradient: Tensor, x: Tensor) -> Tensor:
+    """dL/dweight (2, outputs, D) from gradient (2, B, outputs, L) and x (2, B, D, L)."""
+    gradient, x = _contiguous(gradient, x)
+    return _long_product(gradient, x, x.shape[2]).sum(1).to(x.dtype)
+
+
+@_project_weight_gradient.register_fake
+def _(gradient, x):
+    return x.new_empty(2, gradient.shape[2], x.shape[2])
+
+
+def _long_product(gradient: Tensor, x: Tensor, columns: int) -> Tensor:
+    """gradient · xᵀ (..., rows, columns) in float32, summed over tokens.
+
+    gradient (..., rows, L); x (..., columns or more, L), of which the first count; both contiguous.
+    """
+    *sequences, rows, length = gradient.shape
+    shape = _tuning.product
+    tiles, column_tiles = triton.cdiv(rows, shape.rows), triton.cdiv(columns, shape.columns)
+    token_tiles = triton.cdiv(length, shape.tokens)
+    count = math.prod(sequences)
+    wanted = triton.cdiv(shape.programs, max(1, tiles * column_tiles * count))
+    rounds = max(1, triton.cdiv(token_tiles, wanted))
+    splits = triton.cdiv(token_tiles, rounds)
+    parts = gradient.new_empty((splits, *sequences, rows, columns), dtype=torch.float32)
+    if parts.numel():
+        is_float = gradient.dtype == torch.float32  # half precision has no more bits than TF32
+        exact = is_float and torch.get_float32_matmul_precision() == "highest"
+        with _device(gradient):
+            _long_product_kernel[(tiles * column_tiles, splits, count)](
+                gradient,
+                x,
+                parts,
+                length,
+                rows,
+                columns,
+                x.shape[-2],
+                column_tiles,
+                rounds,
+                shape.rows,
+                shape.columns,
+                shape.tokens,
+                PRECISION="ieee" if exact else "tf32",
+            )
+    return parts.sum(0)
+
+
+def _setup_project(ctx, inputs, output) -> None:
+    ctx.save_for_backward(*inputs)
+
+
+def _differentiate_project(ctx, gradient: Tensor) -> tuple[Tensor, Tensor]:
+    x, weight = ctx.saved_tensors
+    return torch.matmul(weight.mT[:, None], gradient), _project_weight_gradient(gradient, x)
+
+
+_project.register_autograd(_differentiate_project, setup_context=_setup_project)
+
+
 @torch.library.custom_op("cmfs::ss2d_scan", mutates_args=())
 def _forward(
     x: Tensor, projected: Tensor, weight: Tensor, bias: Tensor, A: Tensor, D: Tensor
@@ -241,7 +329,7 @@ def _backward(
     splits = min(blocks, triton.cdiv(_tuning.gradient_programs, programs))
     matrices = (2, sizes.batch, 2, 2 * states_count, length)
     grad_matrices = x.new_empty(splits, *matrices, dtype=torch.float32)
-    rows = (4, sizes.batch, sizes.chunks, sizes.channels, states_count + rank + 2)
+    rows = (4, sizes.batch, sizes.chunks, sizes.channels, states_count + 2)
     grad_rows = x.new_empty(rows, dtype=torch.float32)
     if x.numel():
         with _device(x):
@@ -273,11 +361,13 @@ def _backward(
     to_low = weight.unflatten(0, (2, 2)).permute(1, 0, 3, 2)[:, None].to(grad_dt.dtype)
     grad_projected[:, :, :, :rank] = torch.matmul(to_low, grad_dt)
     grad_projected[:, :, :, rank:] = grad_matrices.sum(0)
-    of_A, of_weight, of_D, of_bias = grad_rows.sum((1, 2)).split([states_count, rank, 1, 1], dim=2)
+    of_A, of_D, of_bias = grad_rows.sum((1, 2)).split([states_count, 1, 1], dim=2)
+    # (2 orders, batch, 2 walks, D, R) to (4 directions, D, R)
+    of_weight = _long_product(grad_dt, projected, rank).sum(1).transpose(0, 1).flatten(0, 1)
     return (
         grad_x,
         grad_projected,
-        of_weight.contiguous(),
+        of_weight,
         of_bias.flatten(1).contiguous(),
         of_A.contiguous(),
         of_D.flatten(1).contiguous(),
@@ -361,21 +451,8 @@ def _enter_chunks(
         GRADIENT=gradient,
         **shape.options(),
     )
-    width, depth = _tuning.carry
-    _carry_kernel[(triton.cdiv(sizes.channels * sizes.states, width), 4 * sizes.batch)](
-        ends,
-        spans,
-        A,
-        states,
-        sizes.channels,
-        sizes.states,
-        sizes.chunks,
-        sizes.batch,
-        0b0011 if gradient else 0b1100,  # the directions that go from the last chunk to the first
-        WIDTH=width,
-        DEPTH=depth,
-        num_warps=2,
-    )
+    reversed_sets = 0b0011 if gradient else 0b1100  # directions from the last chunk to the first
+    _carry(ends, spans, A, states, sizes.chunks, reversed_sets)
 
 
 def _contiguous(*tensors: Tensor) -> list[Tensor]:
