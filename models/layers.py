@@ -7,6 +7,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from models.ops.channel_norm import channel_norm
+
 
 class Recomputed(nn.Module):
     """A part that may forget what lies inside it in training and compute it anew for the gradient.
@@ -27,9 +29,7 @@ class LayerNorm2d(nn.LayerNorm):
     """LayerNorm over the channels of a (B, C, H, W) map, eps 1e-5 (VMamba's channel-first norm)."""
 
     def forward(self, x: Tensor) -> Tensor:
-        x = x.permute(0, 2, 3, 1)
-        x = F.layer_norm(x, self.normalized_shape, self.weight, self.bias, self.eps)
-        return x.permute(0, 3, 1, 2)
+        return channel_norm(x, self.weight, self.bias, self.eps)
 
 
 class Linear2d(nn.Linear):

@@ -11,6 +11,7 @@ import pytest
 triton = pytest.importorskip("triton", reason="triton is not installed here")
 compiler = pytest.importorskip("triton.backends.compiler", reason="this triton is too old")
 
+from models.ops.channel_norm import kernels as norms  # noqa: E402
 from models.ops.selective_scan import kernels as rows  # noqa: E402
 from models.ops.ss2d_scan import kernels as maps  # noqa: E402
 
@@ -23,6 +24,7 @@ SIZES = {"length", "channels", "groups", "R", "N", "chunks", "blocks", "batches"
 SIZES |= {"reversed_sets", "columns", "x_rows", "tiles", "rounds"}
 INDICES = {"pixels", "steps"}
 FLOAT32 = {"A", "ends", "spans", "states", "gradients", "grad_rows", "grad_matrices", "parts"}
+FLOAT32 |= {"mean", "rstd"}
 TILE = {"ROWS": 2, "LANES": 32, "STEPS": 2}
 WARPS = {"ROWS": 8, "WARPS": 4}  # two rows in each warp
 PRODUCT = {"ROWS": 64, "COLUMNS": 64, "TOKENS": 32}
@@ -40,6 +42,8 @@ CASES = [
     (maps._long_product_kernel, {"PRECISION": "tf32", **PRODUCT}),
     (maps._to_orders_kernel, {"ROWS": 4, "TOKENS": 128}),
     (maps._from_orders_kernel, {"ROWS": 4, "TOKENS": 128}),
+    (norms._norm_kernel, {"CHANNELS": 32, "PIXELS": 16}),
+    (norms._norm_gradient_kernel, {"CHANNELS": 32, "PIXELS": 16}),
 ]
 
 
@@ -59,7 +63,7 @@ def test_compiles(case, dtype, are_one, tmp_path, monkeypatch):
     kinds = {}
     for name in kernel.arg_names:
         pointer = "*i32" if name in INDICES else "*fp32" if name in FLOAT32 else f"*{dtype}"
-        kind = "i32" if name in SIZES else pointer
+        kind = "i32" if name in SIZES else "fp32" if name == "eps" else pointer
         kinds[name] = "constexpr" if name in constants else kind
     indices = {(kernel.arg_names.index(name),): value for name, value in constants.items()}
     source = triton.compiler.ASTSource(fn=kernel, signature=kinds, constexprs=indices)

@@ -1,0 +1,143 @@
+"""Layer normalisation over channels on GPU: one pass over a map that stays channel-first.
+
+PyTorch's own wants channels last: the map would be copied there, and what follows would have to
+take it so or copy it back. Deterministic: no atomics.
+"""
+
+import contextlib
+import os
+from typing import NamedTuple
+
+import torch
+import triton
+from torch import Tensor
+
+from models.ops.channel_norm.kernels import _norm_gradient_kernel, _norm_kernel
+
+_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+_ELEMENTS = 64 if _INTERPRETED else 4096  # of a tile, where the channels leave the choice
+_PROGRAMS = 4 if _INTERPRETED else 528  # of the gradient, each with tiles of its own
+
+
+def channel_norm_triton(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
+    """The same function as channel_norm_reference, in one pass.
+
+    Raises:
+        RuntimeError: tensors that are not on a GPU, or float64 x.
+    """
+    if not (x.is_cuda or _INTERPRETED):
+        raise RuntimeError(f"channel_norm backend 'triton' needs GPU tensors, got {x.device}")
+    if x.dtype == torch.float64:
+        raise RuntimeError("channel_norm backend 'triton' computes in float32; use 'reference'")
+    is_wide = torch.is_autocast_enabled(x.device.type)
+    return _forward(x, weight, bias, eps, torch.float32 if is_wide else x.dtype)[0]
+
+
+@torch.library.custom_op("cmfs::channel_norm", mutates_args=())
+def _forward(
+    x: Tensor, weight: Tensor, bias: Tensor, eps: float, dtype: torch.dtype
+) -> tuple[Tensor, Tensor, Tensor]:
+    """y (B, C, H, W) of `dtype`; each pixel's mean and 1 / sqrt(variance + eps), (B, H · W)."""
+    x = x.contiguous()
+    y = torch.empty_like(x, dtype=dtype)
+    mean, rstd = (x.new_empty(x.shape[0], _pixels(x), dtype=torch.float32) for _ in range(2))
+    if x.numel():
+        cut = _cut(x)
+        with _device(x):
+            _norm_kernel[(triton.cdiv(_pixels(x), cut.pixels), x.shape[0])](
+                x,
+                weight,
+                bias,
+                y,
+                mean,
+                rstd,
+                _pixels(x),
+                x.shape[1],
+                eps,
+                CHANNELS=cut.channels,
+                PIXELS=cut.pixels,
+                num_warps=cut.warps,
+            )
+    return y, mean, rstd
+
+
+@_forward.register_fake
+def _(x, weight, bias, eps, dtype):
+    y = torch.empty_like(x, dtype=dtype, memory_format=torch.contiguous_format)
+    mean, rstd = (x.new_empty(x.shape[0], _pixels(x), dtype=torch.float32) for _ in range(2))
+    return y, mean, rstd
+
+
+@torch.library.custom_op("cmfs::channel_norm_backward", mutates_args=())
+def _backward(
+    grad_y: Tensor, x: Tensor, weight: Tensor, mean: Tensor, rstd: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of x, weight and bias."""
+    grad_y, x = grad_y.contiguous(), x.contiguous()
+    batch, channels = x.shape[:2]
+    cut, grad_x = _cut(x), torch.empty_like(x)
+    blocks = triton.cdiv(_pixels(x), cut.pixels)
+    rounds = max(1, triton.cdiv(blocks * batch, _PROGRAMS))
+    programs = triton.cdiv(blocks, rounds)
+    parts = x.new_empty((batch * programs, 2, channels), dtype=torch.float32)
+    if x.numel():
+        with _device(x):
+            _norm_gradient_kernel[(programs, batch)](
+                grad_y,
+                x,
+                weight,
+                mean,
+                rstd,
+                grad_x,
+                parts,
+                _pixels(x),
+                channels,
+                rounds,
+                CHANNELS=cut.channels,
+                PIXELS=cut.pixels,
+                num_warps=cut.warps,
+            )
+    for_weight, for_bias = (part.sum(0).to(weight.dtype) for part in parts.unbind(1))
+    return grad_x, for_weight, for_bias
+
+
+@_backward.register_fake
+def _(grad_y, x, weight, mean, rstd):
+    grad_x = torch.empty_like(x, memory_format=torch.contiguous_format)
+    return grad_x, torch.empty_like(weight), torch.empty_like(weight)
+
+
+def _setup_context(ctx, inputs, output) -> None:
+    x, weight, *_ = inputs
+    ctx.save_for_backward(x, weight, *output[1:])
+
+
+def _differentiate(ctx, grad_y: Tensor, _grad_mean: Tensor, _grad_rstd: Tensor):
+    return *_backward(grad_y, *ctx.saved_tensors), None, None
+
+
+_forward.register_autograd(_differentiate, setup_context=_setup_context)
+
+
+class _Cut(NamedTuple):
+    """A program's tile and its warps."""
+
+    channels: int
+    pixels: int
+    warps: int
+
+
+def _cut(x: Tensor) -> _Cut:
+    channels = max(2, triton.next_power_of_2(x.shape[1]))
+    pixels = max(4 if _INTERPRETED else 8, min(64, _ELEMENTS // channels))
+    warps = min(16, max(4, channels * pixels // 1024))  # 32 values a thread
+    return _Cut(channels, pixels, warps)
+
+
+def _pixels(x: Tensor) -> int:
+    return x.shape[2] * x.shape[3]
+
+
+def _device(x: Tensor) -> contextlib.AbstractContextManager:
+    """Triton launches on the current device: make it x's."""
+    return torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext()
