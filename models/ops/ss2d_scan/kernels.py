@@ -14,6 +14,7 @@ import triton.language as tl
 from models.ops.selective_scan.kernels import (
     LOG2_E,
     SIZES,
+    _borders,
     _following,
     _join_lanes,
     _join_later_lanes,
@@ -105,20 +106,6 @@ def _softplus_slope(dt):
     series = 1 - dt * (1 / 4 - dt * (1 / 20 - dt * (1 / 120)))
     series = dt * (1 - dt * (1 / 2) * (1 - dt * (1 / 3) * series))
     return tl.where(dt < 0.125, series, 1 - tl.exp2(-dt * LOG2_E))
-
-
-@triton.jit
-def _borders(chunk, chunks, REVERSE: tl.constexpr):
-    """By which border a walk enters this chunk and by which it leaves, and whether they are kept.
-
-    Border c lies between the chunks c and c + 1. One that is not kept is named by a neighbour.
-    """
-    before, has_before = tl.maximum(chunk - 1, 0), chunk > 0
-    after, has_after = tl.maximum(tl.minimum(chunk, chunks - 2), 0), chunk < chunks - 1
-    if REVERSE:
-        return after, has_after, before, has_before
-    else:  # noqa: RET505
-        return before, has_before, after, has_after
 
 
 @triton.jit(do_not_specialize=SIZES)
