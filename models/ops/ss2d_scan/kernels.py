@@ -58,16 +58,14 @@ def _step_sizes(
     """
     weight += row * R
     r = 2 * first
-    x, x_after = _two_ranks(low, r, R, chunk, length, ROWS, LANES, STEPS, WARPS, REVERSE)
-    w, w_after = _two_weights(weight, r, R)
-    raw = w[:, None, None] * x
-    raw += w_after[:, None, None] * x_after
+    raw = _rank_product(low, weight, r, R, chunk, length, ROWS, LANES, STEPS, WARPS, REVERSE)
+    raw += _rank_product(low, weight, r + 1, R, chunk, length, ROWS, LANES, STEPS, WARPS, REVERSE)
     for _ in range(2, R, 2):
         r = tl.where(r + 2 < R, r + 2, 0)
-        x, x_after = _two_ranks(low, r, R, chunk, length, ROWS, LANES, STEPS, WARPS, REVERSE)
-        w, w_after = _two_weights(weight, r, R)
-        raw += w[:, None, None] * x
-        raw += w_after[:, None, None] * x_after
+        for rank in tl.static_range(2):
+            raw += _rank_product(
+                low, weight, r + rank, R, chunk, length, ROWS, LANES, STEPS, WARPS, REVERSE
+            )
     raw += tl.load(bias + row)[:, None, None]
     token = _tokens(chunk, 1, LANES, STEPS, REVERSE)[None, :, None]
     at = token + tl.arange(0, STEPS)[None, None, :]
@@ -75,8 +73,9 @@ def _step_sizes(
 
 
 @triton.jit
-def _two_ranks(
+def _rank_product(
     low,
+    weight,
     r,
     R,
     chunk,
@@ -87,17 +86,11 @@ def _two_ranks(
     WARPS: tl.constexpr,
     REVERSE: tl.constexpr,
 ):
-    """dt_low of ranks r and r + 1, the same for all rows."""
-    after = low + tl.minimum(r + 1, R - 1) * length
-    x = _load_for_rows(low + r * length, chunk, length, ROWS, LANES, STEPS, WARPS, REVERSE)
-    return x, _load_for_rows(after, chunk, length, ROWS, LANES, STEPS, WARPS, REVERSE)
-
-
-@triton.jit
-def _two_weights(weight, r, R):
-    """Those of ranks r and r + 1, or 0 for one that is not there; weight (ROWS,) pointers."""
-    after = tl.load(weight + tl.minimum(r + 1, R - 1))
-    return tl.load(weight + r), tl.where(r + 1 < R, after, 0.0)
+    """weight[r] · low[r] (ROWS, LANES, STEPS), 0 past the last rank; weight (ROWS,) pointers."""
+    at = tl.minimum(r, R - 1)
+    w = tl.where(r < R, tl.load(weight + at), 0.0)
+    x = _load_for_rows(low + at * length, chunk, length, ROWS, LANES, STEPS, WARPS, REVERSE)
+    return w[:, None, None] * x
 
 
 @triton.jit
