@@ -11,6 +11,7 @@ import pytest
 triton = pytest.importorskip("triton", reason="triton is not installed here")
 compiler = pytest.importorskip("triton.backends.compiler", reason="this triton is too old")
 
+from models.ops.mamba_path import kernels as paths  # noqa: E402
 from models.ops.selective_scan import kernels as rows  # noqa: E402
 from models.ops.ss2d_scan import kernels as maps  # noqa: E402
 
@@ -20,7 +21,7 @@ pytestmark = pytest.mark.skipif(
 )
 
 SIZES = {"length", "channels", "groups", "R", "N", "chunks", "blocks", "batches", "splits", "rows"}
-SIZES |= {"reversed_sets", "columns", "x_rows", "tiles", "rounds"}
+SIZES |= {"reversed_sets", "columns", "x_rows", "tiles", "rounds", "stride", "z_stride"}
 INDICES = {"pixels", "steps"}
 FLOAT32 = {"A", "ends", "spans", "states", "gradients", "grad_rows", "grad_matrices", "parts"}
 TILE = {"ROWS": 2, "LANES": 32, "STEPS": 2}
@@ -40,6 +41,10 @@ CASES = [
     (maps._long_product_kernel, {"PRECISION": "tf32", **PRODUCT}),
     (maps._to_orders_kernel, {"ROWS": 4, "TOKENS": 128}),
     (maps._from_orders_kernel, {"ROWS": 4, "TOKENS": 128}),
+    (paths._conv_kernel, {"WIDTH": 4, "FLIP": True, "ROWS": 4, "TOKENS": 128}),
+    (paths._conv_gradient_kernel, {"WIDTH": 4, "FLIP": True, "ROWS": 4, "TOKENS": 128}),
+    (paths._gate_kernel, {"ROWS": 4, "TOKENS": 128}),
+    (paths._gate_gradient_kernel, {"ROWS": 4, "TOKENS": 128}),
 ]
 
 
