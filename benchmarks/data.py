@@ -3,9 +3,11 @@
     python benchmarks/data.py --set data.dataset_path=/data/MSRS     # 2 workers, as in the results
     python benchmarks/data.py --workers 4 --repeats 9 --set train.batch_size=12
 
-Images a second of the loader with the whole augmentation at train.crop, as float32 tensors, and of
-as many processes that only decode rgb, thermal and label with cv2.imread. Twice: for the files as
-they are, and for the same pixels as PNG, the format in which the four published sets come. With
+Pairs a second of the loader with the whole augmentation at train.crop, and of as many processes
+that only decode rgb, thermal and label with cv2.imread. Both give bytes; the loader's lie in the
+main process, ready to be copied to a device, where they become numbers. "As float32 on the CPU"
+makes them numbers in the main process, as training without a GPU does. Twice: for the files as they
+are, and for the same pixels as PNG, the format in which the four published sets come. With
 data.cache=ram (filled before) nothing is decoded; augment adds the stronger augmentation.
 All take turns, several epochs each; the rates are the best of the repeats (other work on the
 machine only ever adds time), the shares those of each turn: smallest, median, largest.
@@ -85,6 +87,7 @@ def measure(arguments: argparse.Namespace, settings: list[str]) -> None:
     with multiprocessing.Pool(arguments.workers, cv2.setNumThreads, (0,)) as pool:
         runs: dict[str, Callable[[], int]] = {"cv2.imread alone": plain(pool, loaders["loader"])}
         runs |= {name: epoch_of(loader) for name, loader in loaders.items()}
+        runs["loader, as float32 on the CPU"] = epoch_of(loaders["loader"], is_converted=True)
         for name, run in runs.items():
             for _ in range(_FILLING if "ram" in name else 1):
                 run()
@@ -112,12 +115,17 @@ def read(files: PairFiles) -> None:
         cv2.imread(str(path), cv2.IMREAD_UNCHANGED)
 
 
-def epoch_of(loader: PairLoader) -> Callable[[], int]:
-    """An epoch of training batches; gives the number of pairs."""
+def epoch_of(loader: PairLoader, *, is_converted: bool = False) -> Callable[[], int]:
+    """An epoch of training batches, made numbers if asked for; gives the number of pairs."""
 
     def run() -> int:
         loader.batch_sampler.set_epoch(loader.batch_sampler.epoch + 1)
-        return sum(len(batch.name) for batch in loader)
+        count = 0
+        for batch in loader:
+            count += len(batch.name)
+            if is_converted:
+                batch.to(torch.device("cpu"))
+        return count
 
     return run
 

@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader, Sampler
 from configs import Config
 from dataloader.augment import StrongAugmentation
 from dataloader.dataset import SampleKey, SegmentationPairs, read_names, seeded_generator
-from dataloader.packing import PackedBatch, Packer, Sample, unpack
+from dataloader.packing import PackedBatch, Packer
 from dataloader.transforms import InTurn, RandomScaleCropMirror
 from utils.errors import InputError
 
@@ -77,7 +77,7 @@ class EpochSampler(Sampler[list[SampleKey]]):
 
 
 class PairLoader(DataLoader):
-    """A DataLoader of batches (Sample with B in front), each of images of one size.
+    """A DataLoader of PackedBatch, each in memory of its own and of images of one size.
 
     An InputError in a worker is raised here as it was raised there. Where images differ in size a
     listed batch comes in parts, so len() is then a lower bound.
@@ -93,32 +93,27 @@ class PairLoader(DataLoader):
             batch_sampler=batches,
             num_workers=num_workers,
             prefetch_factor=_PREFETCHED if num_workers else None,
-            collate_fn=Packer(_PREFETCHED + 1),
+            collate_fn=Packer(_PREFETCHED + 1, pairs.config.modalities),
             worker_init_fn=_prepare_worker,
             generator=torch.Generator(),  # else each epoch draws from the global one
             persistent_workers=keep_workers and num_workers > 0,
         )
 
-    def __iter__(self) -> Iterator[Sample]:
+    def __iter__(self) -> Iterator[PackedBatch]:
         if self.num_workers == 0:
-            return self._unpack(super().__iter__())
+            return self._copied(super().__iter__())
         with _group_signals_blocked():
-            return self._unpack(super().__iter__())
+            return self._copied(super().__iter__())
 
-    def _unpack(self, packed: Iterable[list[PackedBatch | InputError]]) -> Iterator[Sample]:
-        """Each batch is read before the next is asked for, when its worker may overwrite it."""
-        is_pinned = torch.cuda.is_available()
+    def _copied(self, lists: Iterable[list[PackedBatch | InputError]]) -> Iterator[PackedBatch]:
+        """Each list is read before the next is asked for, when its worker may overwrite it."""
         mapped = deque(maxlen=self.num_workers * (_PREFETCHED + 1))  # else mapped in each time
         _keep_freed_memory()
-        for batches in packed:
+        for batches in lists:
             if isinstance(batches[0], InputError):
                 raise batches.pop()  # a name here would keep it, and the workers, in a cycle
             mapped.append(batches)
-            modalities = self.dataset.config.modalities
-            yield from [
-                Sample(*unpack(planes, modalities, is_pinned=is_pinned), names)
-                for planes, names in batches
-            ]
+            yield from [batch.copy() for batch in batches]
 
 
 def build_train_loader(config: Config, *, rank: int = 0, world_size: int = 1) -> PairLoader:
@@ -174,7 +169,7 @@ def build_eval_loader(
 def _keep_freed_memory() -> None:
     """Have the C library keep what freed images leave, which it judges by what it saw freed.
 
-    Memory that is new to the process costs several times the conversion that fills it.
+    Memory that is new to the process costs several times the copy that fills it.
     """
     torch.empty(_MOST_MAPPED - 2**16, dtype=torch.uint8)  # never touched: this costs nothing
 

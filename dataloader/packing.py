@@ -1,7 +1,7 @@
-"""Pairs on their way from a worker: bytes in memory that is used again, numbers where they arrive.
+"""Pairs on their way from a worker to the device: bytes until they are there, then numbers.
 
-Fresh shared memory costs more time than all decoding, so that batches cross as bytes, a sixth of
-their size as numbers, in a few blocks that each worker fills in turn.
+Bytes are a sixth of the numbers' size. Fresh shared memory costs more time than all decoding, so
+that they leave a worker in a few blocks that it fills in turn.
 """
 
 import itertools
@@ -38,19 +38,35 @@ class NamedPair(NamedTuple):
 
 
 class PackedBatch(NamedTuple):
-    """Pairs of one size."""
+    """Pairs of one size as bytes, 6 a pixel, ready to be copied to a device."""
 
-    planes: Tensor  # (B, 6, H, W) uint8, in memory that is filled anew some batches later
-    names: list[str]
+    planes: Tensor  # (B, 6, H, W) uint8
+    name: list[str]  # the stems
+    modalities: str  # data.modalities
+
+    def copy(self) -> "PackedBatch":
+        """The same in memory of its own, pinned where there is CUDA."""
+        is_pinned = torch.cuda.is_available()
+        planes = self.planes.pin_memory() if is_pinned else self.planes.clone()
+        return self._replace(planes=planes)
+
+    def to(self, device: torch.device) -> Sample:
+        """The numbers, made on the device; pinned bytes are copied while the program goes on."""
+        planes = self.planes.to(device, non_blocking=True)
+        return Sample(*unpack(planes, self.modalities), self.name)
 
 
 class Packer:
     """Collates pairs: neighbours of one size become a batch, in one of `blocks` blocks of memory.
 
-    A process that holds one call's result until `blocks` more calls must have read it by then.
+    A call's result holds until `blocks` more calls; who needs it longer takes a copy by then.
+
+    Args:
+        modalities: data.modalities, which the batches tell.
     """
 
-    def __init__(self, blocks: int) -> None:
+    def __init__(self, blocks: int, modalities: str) -> None:
+        self._modalities = modalities
         self._blocks = [torch.empty(0, dtype=torch.uint8)] * blocks
         self._calls = 0
 
@@ -66,7 +82,8 @@ class Packer:
             planes = block[start : start + np.prod(shape)].view(shape)
             for place, (pair, _) in zip(planes.numpy(), members, strict=True):
                 _pack_into(place, pair)
-            batches.append(PackedBatch(planes, [name for _, name in members]))
+            names = [name for _, name in members]
+            batches.append(PackedBatch(planes, names, self._modalities))
             start += planes.numel()
         return batches
 
@@ -86,40 +103,38 @@ def pack(pair: Pair) -> Tensor:
     return torch.from_numpy(planes)
 
 
-def unpack(planes: Tensor, modalities: str, *, is_pinned: bool = False) -> tuple[Tensor, ...]:
-    """rgb, thermal, label and valid of a Sample, in memory of their own.
+def unpack(planes: Tensor, modalities: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """rgb, thermal, label and valid of a Sample, in memory of their own on the planes' device.
+
+    Every device gives the same bits.
 
     Args:
         planes: (6, H, W) or (B, 6, H, W) uint8.
         modalities: data.modalities; the one that it withholds is mid-grey.
-        is_pinned: give tensors that a GPU copies while the program goes on.
     """
     *leading, _, height, width = planes.shape
-
-    def empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
-        return torch.empty(*leading, *shape, height, width, dtype=dtype, pin_memory=is_pinned)
-
-    rgb, thermal = empty(3), empty(3)
+    shape = (*leading, 3, height, width)
+    rgb, thermal = (planes.new_empty(shape, dtype=torch.float32) for _ in range(2))
     if modalities == "thermal":
         rgb.fill_(0.5)
+    else:
+        _to_unit_range(planes[..., :3, :, :], rgb)
     if modalities == "rgb":
         thermal.fill_(0.5)
-    images = (x.view(-1, *x.shape[-3:]) for x in (planes, rgb, thermal))
-    for stored, rgb_place, thermal_place in zip(*images, strict=True):
-        if modalities != "thermal":
-            _to_unit_range(stored[:3], rgb_place)
-        if modalities != "rgb":
-            _to_unit_range(stored[3:4], thermal_place[:1])
-            thermal_place[1:] = thermal_place[0]
-    label = empty(dtype=torch.int64).copy_(planes[..., 4, :, :])
-    valid = empty(dtype=torch.bool).copy_(planes[..., 5, :, :])
-    return rgb, thermal, label, valid
+    else:
+        _to_unit_range(planes[..., 3:4, :, :], thermal[..., :1, :, :])
+        thermal[..., 1:, :, :] = thermal[..., :1, :, :]
+    return rgb, thermal, planes[..., 4, :, :].long(), planes[..., 5, :, :].bool()
 
 
 def _to_unit_range(planes: Tensor, result: Tensor) -> None:
-    """Divide (C, H, W) uint8 by 255 into float32, plane by plane: the second step is in cache."""
-    for plane, place in zip(planes, result, strict=True):
-        place.copy_(plane).div_(255)
+    """Divide (..., H, W) uint8 by 255 into float32; on the CPU by planes, which its cache holds."""
+    if planes.is_cpu and planes.dim() > 2:
+        for part, place in zip(planes, result, strict=True):
+            _to_unit_range(part, place)
+        return
+    divisor = result.new_full((), 255.0)  # CUDA multiplies by 1 / 255 where that is a plain number
+    torch.div(planes, divisor, out=result)
 
 
 def _pack_into(planes: np.ndarray, pair: Pair) -> None:

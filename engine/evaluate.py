@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from configs import Config
+from engine.feed import PackedBatch
 from engine.inference import Prediction, inference_options, predict
 from engine.memory import explained_full_evaluation
 from utils.distributed import gather_objects, is_main_process
@@ -26,7 +27,7 @@ from utils.segmentation_metrics import ConfusionMatrix
 
 
 class Batch(Protocol):
-    """What evaluation needs of a batch; see dataloader.dataset.Sample."""
+    """What evaluation needs of a batch on the device; see dataloader.packing.Sample."""
 
     rgb: Tensor  # (B, 3, H, W) in [0, 1]
     thermal: Tensor  # (B, 3, H, W) in [0, 1]
@@ -35,12 +36,12 @@ class Batch(Protocol):
 
 
 Row = dict[str, float | None]  # the scores of one image; None where undefined
-OnPrediction = Callable[[Batch, Prediction], None]  # the batch on the CPU, the rest on the device
+OnPrediction = Callable[[Batch, Prediction], None]  # both on the device
 
 
 def evaluate_segmentation(
     model: nn.Module,
-    loader: Iterable[Batch],
+    loader: Iterable[PackedBatch],
     config: Config,
     device: torch.device,
     *,
@@ -67,15 +68,15 @@ def evaluate_segmentation(
     names: list[str] = []
     alone: dict[str, ConfusionMatrix] = {}
     for batch, prediction in _predictions(model, loader, config, device):
-        segmentation, label = prediction.segmentation, batch.label.to(device, non_blocking=True)
-        matrices[whole].update(segmentation, label)
+        segmentation = prediction.segmentation
+        matrices[whole].update(segmentation, batch.label)
         for row, name in enumerate(batch.name):
             counting = [matrices[part] for part, stems in parts.items() if name in stems]
             if by_image:
                 alone[name] = ConfusionMatrix(config.data.num_classes, device=device)
                 counting.append(alone[name])
             for matrix in counting:
-                matrix.update(segmentation[row], label[row])
+                matrix.update(segmentation[row], batch.label[row])
         names += batch.name
         if on_prediction is not None:
             on_prediction(batch, prediction)
@@ -95,7 +96,7 @@ def evaluate_segmentation(
 
 def evaluate_fusion(
     model: nn.Module,
-    loader: Iterable[Batch],
+    loader: Iterable[PackedBatch],
     config: Config,
     device: torch.device,
     *,
@@ -109,9 +110,7 @@ def evaluate_fusion(
     """
     rows: dict[str, Row] = {}
     for batch, prediction in _predictions(model, loader, config, device):
-        images = (
-            _to_bytes(image.to(device)) for image in (batch.rgb, batch.thermal, prediction.fused)
-        )
+        images = map(_to_bytes, (batch.rgb, batch.thermal, prediction.fused))
         rows |= score_fused(batch.name, *images, protocol=config.eval.protocol)
         if on_prediction is not None:
             on_prediction(batch, prediction)
@@ -138,15 +137,16 @@ def mean_row(rows: Collection[Row]) -> Row:
 
 
 def _predictions(
-    model: nn.Module, loader: Iterable[Batch], config: Config, device: torch.device
+    model: nn.Module, loader: Iterable[PackedBatch], config: Config, device: torch.device
 ) -> Iterator[tuple[Batch, Prediction]]:
     options = inference_options(config.eval)
     is_hidden = None if is_main_process() else True  # None: hidden where there is no terminal
-    for batch in tqdm(loader, unit="batch", leave=False, disable=is_hidden):
-        rgb, thermal = (x.to(device, non_blocking=True) for x in (batch.rgb, batch.thermal))
+    for packed in tqdm(loader, unit="batch", leave=False, disable=is_hidden):
+        batch = packed.to(device)
+        count, _, *size = batch.rgb.shape
         try:
-            with explained_full_evaluation(len(rgb), tuple(rgb.shape[-2:]), device):
-                prediction = predict(model, rgb, thermal, **options)
+            with explained_full_evaluation(count, tuple(size), device):
+                prediction = predict(model, batch.rgb, batch.thermal, **options)
         except InputError as error:
             raise InputError(f"{', '.join(batch.name)}: {error}") from error
         yield batch, prediction

@@ -42,7 +42,7 @@ class Examples:
             maps = [colorize(x.to(torch.uint8).cpu().numpy(), self._palette) for x in labels]
             self._rows.append([*map(to_uint8, images), *maps])
             corner = (slice(index, index + 1), slice(None), *map(slice, self._crop))
-            self._inputs.append((batch.rgb[corner], batch.thermal[corner]))
+            self._inputs.append((batch.rgb[corner].cpu(), batch.thermal[corner].cpu()))
 
     def draw(self, model: CMFS, device: torch.device) -> Pictures:
         """Inputs and outputs, every stage's text gate as a heat map, and the spread of log10 dt.

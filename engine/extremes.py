@@ -13,7 +13,7 @@ from utils.image import UNKNOWN_LABEL, colorize, error_map, to_uint8
 
 
 class Sample(Protocol):
-    """What is needed of one pair; see dataloader.dataset.Sample."""
+    """What is needed of one pair; see dataloader.packing.Sample."""
 
     rgb: Tensor  # (3, H, W) in [0, 1]
     thermal: Tensor  # (3, H, W) in [0, 1]

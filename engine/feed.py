@@ -6,9 +6,9 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Protocol
 
 import torch
-from torch import Tensor
 from torch.utils.data import DataLoader
 
 from engine.step import NamedBatch
@@ -19,6 +19,12 @@ log = logging.getLogger(__name__)
 _PATIENCE_S = 60.0  # without a batch, until the log says so
 _LONGEST_SHARE = 0.5  # of the time spent on waiting, until the log says so
 _LEAST_S = 5.0  # time over which a share means something
+
+
+class PackedBatch(Protocol):
+    """What a loader gives; see dataloader.packing.PackedBatch."""
+
+    def to(self, device: torch.device) -> NamedBatch: ...
 
 
 class Feed:
@@ -53,7 +59,7 @@ class Feed:
                 batch = next(batches, None)
             if batch is None:
                 return
-            yield to_device(batch, self._device)
+            yield batch.to(self._device)
 
     def waited_share(self, synchronized_s: float = 0.0) -> float:
         """Share of the time since the last call, or since the epoch began, without work to do.
@@ -113,12 +119,5 @@ class UntilStop:
     def __len__(self) -> int:
         return len(self._loader)
 
-    def __iter__(self) -> Iterator[NamedBatch]:
+    def __iter__(self) -> Iterator[PackedBatch]:
         return itertools.takewhile(lambda _: not self.stop.asked(), self._loader)
-
-
-def to_device(batch: NamedBatch, device: torch.device) -> NamedBatch:
-    """The same batch with its tensors on the device."""
-    return type(batch)(
-        *(x.to(device, non_blocking=True) if isinstance(x, Tensor) else x for x in batch)
-    )

@@ -15,7 +15,7 @@ IGNORED_LABEL = 255
 
 
 class Batch(Protocol):
-    """What the loss needs of a batch; see dataloader.dataset.Sample."""
+    """What the loss needs of a batch; see dataloader.packing.Sample."""
 
     rgb: Tensor  # (B, 3, H, W) in [0, 1]
     thermal: Tensor  # (B, 3, H, W) in [0, 1]

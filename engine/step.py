@@ -16,7 +16,7 @@ _AUTOCAST_DTYPES = {"float32": None, "bf16": torch.bfloat16, "fp16": torch.float
 
 
 class NamedBatch(Batch, Protocol):
-    """A batch whose images are known by name; see dataloader.dataset.Sample."""
+    """A batch whose images are known by name; see dataloader.packing.Sample."""
 
     name: list[str]
 

@@ -98,6 +98,14 @@ class GatedFFN(nn.Module):
         return F.gelu(self.project(a * self.depthwise(b)))
 
 
+def shuffle_channels(x: Tensor, groups: int) -> Tensor:
+    """Channel shuffle (ShuffleNet, Zhang et al., 2018): one channel of each group in turn.
+
+    nn.ChannelShuffle has no gradient on a CPU before PyTorch 2.5.
+    """
+    return x.unflatten(1, (groups, -1)).transpose(1, 2).flatten(1, 2)
+
+
 def pad_to_multiple(x: Tensor, multiple_h: int, multiple_w: int) -> Tensor:
     """Replicate the last row and column until H and W are multiples; the caller crops later."""
     height, width = x.shape[-2:]

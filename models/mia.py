@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor, nn
 
-from models.layers import LayerNorm2d, Recomputed, pad_to_multiple
+from models.layers import LayerNorm2d, Recomputed, pad_to_multiple, shuffle_channels
 from models.mamba import BidirectionalMamba
 from models.text_prior import TextPrior
 
@@ -61,13 +61,12 @@ class ShuffleMambaBlock(nn.Module):
 
     def __init__(self, channels: int, *, d_state: int) -> None:
         super().__init__()
-        self.shuffle = nn.ChannelShuffle(2)
         self.norm = LayerNorm2d(channels)
         self.mixer_norm = nn.RMSNorm(channels, eps=1e-5)
         self.mixer = BidirectionalMamba(channels, d_state=d_state)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.shuffle(x)
+        x = shuffle_channels(x, 2)
         tokens = self.norm(x).flatten(2).transpose(1, 2).float()  # (B, L, C)
         tokens = self.mixer_norm(tokens).transpose(1, 2)  # (B, C, L)
         return x + self.mixer(tokens).view_as(x)

@@ -4,7 +4,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from models.layers import BatchNorm2d, GatedFFN, LayerNorm2d, Recomputed, pad_to_multiple, resize
+from models.layers import (
+    BatchNorm2d,
+    GatedFFN,
+    LayerNorm2d,
+    Recomputed,
+    pad_to_multiple,
+    resize,
+    shuffle_channels,
+)
 from models.mamba import Mamba
 
 
@@ -80,7 +88,6 @@ class LowRankMoE(nn.Module):
         super().__init__()
         self.conv = nn.Conv2d(channels, channels, 3, padding=1)
         self.expand = nn.Conv2d(channels, 2 * channels, 1)
-        self.shuffle = nn.ChannelShuffle(2)
         self.scan_norm = LayerNorm2d(channels)
         self.scan = Mamba(channels, d_state=d_state)
         self.calibrate = Calibration(channels)
@@ -90,7 +97,7 @@ class LowRankMoE(nn.Module):
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         x = self.expand(F.gelu(self.conv(x)))
-        x, k = self.shuffle(x).chunk(2, dim=1)
+        x, k = shuffle_channels(x, 2).chunk(2, dim=1)
         x = F.gelu(self.scan(self.scan_norm(x).flatten(2)).view_as(x))
         k = self.calibrate(k)
         choice, weight, balance_loss = self.router(x)

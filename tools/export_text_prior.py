@@ -16,6 +16,7 @@ so does an open_clip_config.json beside a state dict; for a state dict alone you
 """
 
 import argparse
+import importlib.metadata
 import json
 import sys
 import warnings
@@ -99,7 +100,7 @@ def main(arguments: list[str] | None = None) -> None:
         "model": CLIP_MODEL,
         "pretrained": "openai" if is_openai else path.name,
         "sha256": sha256,
-        "open_clip": open_clip.__version__,
+        "open_clip": importlib.metadata.version("open_clip_torch"),
     }
     save_text_prior(out, features, data.prompts, metadata)
     print(f"{out}: {len(data.prompts)} prompts, {CLIP_MODEL}, {metadata['pretrained']}")

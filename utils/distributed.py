@@ -3,6 +3,7 @@
 import logging
 import os
 import sys
+import time
 from collections.abc import Iterable
 from typing import Any, NamedTuple
 
@@ -91,6 +92,7 @@ def barrier() -> None:
 def shutdown() -> None:
     """Disconnect the ranks, where they are connected."""
     if _is_connected():
+        time.sleep(0.05)  # PyTorch 2.4 waits for a thread of gloo's that may wait for this one
         dist.destroy_process_group()
 
 

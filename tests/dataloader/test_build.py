@@ -12,7 +12,7 @@ import torch
 
 from configs import load_config
 from dataloader.build import EpochSampler, build_eval_loader, build_train_loader
-from dataloader.dataset import Sample
+from dataloader.packing import PackedBatch, Sample
 from utils.errors import InputError
 from utils.image import write_png
 
@@ -59,10 +59,15 @@ def config_of(folder, *overrides):
     )
 
 
+def numbers(batches):
+    """The samples of batches; all come first, so that each is kept while others are loaded."""
+    return [batch.to(torch.device("cpu")) for batch in list(batches)]
+
+
 def epoch_of(loader, epoch, start_batch=0):
     loader.batch_sampler.set_epoch(epoch)
     loader.batch_sampler.start_batch = start_batch
-    return list(loader)
+    return numbers(loader)
 
 
 def assert_same(batches, expected):
@@ -233,7 +238,27 @@ def test_batches_are_read_before_a_worker_fills_their_memory_anew(small_set, num
         for batch in loader:
             kept.append(batch)
             time.sleep(0.02)
-        assert_same(kept, epoch_of(alone, epoch))
+        assert_same(numbers(kept), epoch_of(alone, epoch))
+
+
+def test_two_iterators_at_once_keep_apart(small_set):
+    """Those of an evaluation have workers of their own, with blocks of their own."""
+    loader = build_eval_loader(config_of(small_set, "data.num_workers=2"), "test", batch_size=1)
+    pairs = list(zip(loader, loader, strict=True))
+    expected = numbers(build_eval_loader(config_of(small_set), "test", batch_size=1))
+    for batches in zip(*pairs, strict=True):
+        assert_same(numbers(batches), expected)
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_batches_are_bytes_with_all_that_their_numbers_need(small_set, num_workers):
+    settings = (f"data.num_workers={num_workers}", "data.modalities=thermal")
+    (batch,) = build_eval_loader(config_of(small_set, *settings), "val")
+    assert isinstance(batch, PackedBatch)
+    assert (batch.planes.shape, batch.planes.dtype) == ((2, 6, 40, 48), torch.uint8)
+    assert not batch.planes.is_shared()
+    assert (batch.name, batch.modalities) == (["val0", "val1"], "thermal")
+    assert (batch.to(torch.device("cpu")).rgb == 0.5).all()
 
 
 @pytest.mark.parametrize("num_workers", [0, 2])
@@ -279,13 +304,13 @@ def test_pinned_batches_hold_the_same(small_set):
     loader = build_train_loader(config_of(small_set, "train.batch_size=1", "data.num_workers=2"))
     on_gpu, on_cpu = [], []
     for batch in loader:
-        assert all(part.is_pinned() for part in batch[:4])
+        assert batch.planes.is_pinned()
         torch.cuda._sleep(10**7)
-        on_gpu.append([part.to("cuda", non_blocking=True) for part in batch[:4]])
-        on_cpu.append([part.clone() for part in batch[:4]])
+        on_gpu.append(batch.to(torch.device("cuda")))
+        on_cpu.append(batch.to(torch.device("cpu")))
         del batch
-    for parts, expected in zip(on_gpu, on_cpu, strict=True):
-        for part, other in zip(parts, expected, strict=True):
+    for sample, expected in zip(on_gpu, on_cpu, strict=True):
+        for part, other in zip(sample[:4], expected[:4], strict=True):
             assert torch.equal(part.cpu(), other)
 
 
@@ -357,14 +382,14 @@ def test_eval_shows_each_image_once_over_all_ranks(small_set, world_size, num_wo
     for rank in range(world_size):
         for batch in build_eval_loader(config, "test", rank=rank, world_size=world_size):
             assert isinstance(batch.name, list)
-            assert len(batch.name) == len(batch.rgb) <= 2
+            assert len(batch.name) == len(batch.planes) <= 2
             names += batch.name
     assert sorted(names) == [f"test{index}" for index in range(5)]
 
 
 def test_eval_batches_hold_one_size(small_set):
     loader = build_eval_loader(config_of(small_set), "test", batch_size=5)
-    found = [(batch.name, tuple(batch.label.shape)) for batch in loader]
+    found = [(batch.name, tuple(batch.label.shape)) for batch in numbers(loader)]
     assert found == [
         (["test0", "test1"], (2, 40, 48)),
         (["test2", "test3"], (2, 36, 44)),
@@ -374,7 +399,7 @@ def test_eval_batches_hold_one_size(small_set):
 
 def test_eval_leaves_the_images_as_they_are(small_set):
     loader = build_eval_loader(config_of(small_set), "val")
-    (batch,) = loader
+    (batch,) = numbers(loader)
     for index, sample in enumerate(loader.dataset):
         assert batch.name[index] == sample.name == f"val{index}"
         for part, expected in zip(batch[:4], sample[:4], strict=True):
@@ -394,7 +419,7 @@ def test_rank_without_images(small_set):
 
 def test_eval_without_labels(small_set):
     (small_set / "Label").rename(small_set / "Hidden")
-    for batch in build_eval_loader(config_of(small_set), "test"):
+    for batch in numbers(build_eval_loader(config_of(small_set), "test")):
         assert (batch.label == 255).all()
     with pytest.raises(InputError, match="Label does not exist"):
         build_eval_loader(config_of(small_set), "test", need_labels=True)
@@ -442,7 +467,7 @@ def test_real_training_crops(shared_data):
     )
     loader = build_train_loader(config)
     assert len(loader) == 181 // 4
-    batch = next(iter(loader))
+    batch = next(iter(loader)).to(torch.device("cpu"))
     assert batch.rgb.shape == (4, 3, 160, 224)
     assert batch.valid.all()
     assert set(batch.label.unique().tolist()) <= {*range(9), 255}
@@ -450,7 +475,7 @@ def test_real_training_crops(shared_data):
 
 def test_real_eval_of_mixed_sizes_without_labels(shared_data):
     config = config_of(shared_data / "RoadScene", "eval.batch_size=4")
-    batches = list(build_eval_loader(config, "test"))
+    batches = numbers(build_eval_loader(config, "test"))
     names = [name for batch in batches for name in batch.name]
     assert len(set(names)) == len(names) == 30
     assert 26 <= len(batches) <= 30

@@ -23,6 +23,9 @@ class Batch(NamedTuple):
     label: Tensor
     name: list[str]
 
+    def to(self, device):
+        return Batch(*(x.to(device) for x in self[:3]), self.name)
+
 
 class ReadsRed(nn.Module):
     """The class is the red channel times 10; fused is the thermal image."""

@@ -17,6 +17,9 @@ class Numbers(NamedTuple):
     rgb: torch.Tensor
     name: list[str]
 
+    def to(self, device):
+        return self._replace(rgb=self.rgb.to(device))
+
 
 class Sampler:
     def set_epoch(self, epoch):

@@ -4,6 +4,7 @@ The interpreter takes what the compiler refuses: a size of 1, which becomes a co
 tensor methods, or a constant assigned twice.
 """
 
+import inspect
 import os
 
 import pytest
@@ -16,8 +17,10 @@ from models.ops.selective_scan import kernels as rows  # noqa: E402
 from models.ops.ss2d_scan import kernels as maps  # noqa: E402
 
 pytestmark = pytest.mark.skipif(
-    os.environ.get("TRITON_INTERPRET") == "1" or not hasattr(compiler, "GPUTarget"),
-    reason="this triton does not compile for an absent GPU",
+    os.environ.get("TRITON_INTERPRET") == "1"
+    or not hasattr(compiler, "GPUTarget")
+    or "constexprs" not in inspect.signature(triton.compiler.ASTSource).parameters,
+    reason="this triton does not compile for an absent GPU, or by other names (before 3.3)",
 )
 
 SIZES = {"length", "channels", "groups", "R", "N", "chunks", "blocks", "batches", "splits", "rows"}

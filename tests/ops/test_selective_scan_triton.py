@@ -4,6 +4,7 @@ On a machine without a GPU the kernels' own code runs in Triton's interpreter, i
 own because the interpreter is chosen when triton is imported.
 """
 
+import importlib.metadata
 import importlib.util
 import os
 import subprocess
@@ -17,6 +18,7 @@ from models.ops.selective_scan.reference import selective_scan_reference
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 HAS_TRITON = importlib.util.find_spec("triton") is not None
+OLD_TRITON = HAS_TRITON and importlib.metadata.version("triton").startswith(("3.0", "3.1", "3.2"))
 
 pytestmark = pytest.mark.skipif(not HAS_TRITON, reason="triton is not installed here")
 interpreted = pytest.mark.skipif(
@@ -113,6 +115,7 @@ def extreme_inputs(batch, channels, states, length, groups, device="cpu"):
     return inputs
 
 
+@pytest.mark.skipif(OLD_TRITON, reason="the interpreter of Triton < 3.3 joins wrongly")
 def test_kernels_in_the_interpreter():
     """All interpreted tests of this file, in a process where triton is its interpreter."""
     environment = dict(os.environ, TRITON_INTERPRET="1", OMP_NUM_THREADS="1")

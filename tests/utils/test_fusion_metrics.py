@@ -230,6 +230,10 @@ def test_smooth_is_a_convolution(hw, step):
     torch.testing.assert_close(on_gpu, expected[:, 0])
 
 
+@pytest.mark.skipif(
+    torch.__version__.startswith("2.4"),
+    reason="PyTorch 2.4 makes no stand-ins of CUDA tensors here",
+)
 @pytest.mark.parametrize("protocol", PROTOCOLS)
 def test_no_step_waits_for_a_gpu(protocol):
     """Tensors without values tell: whoever asks for one raises. The GPU need not be there."""

@@ -178,6 +178,7 @@ def test_on_a_terminal_steps_show_in_the_bar_and_in_the_file(
     folder, root_logger, monkeypatch, capsys
 ):
     monkeypatch.setattr(sys, "stderr", Terminal())
+    monkeypatch.setenv("COLUMNS", "200")  # room for any number of images a second
     setup_logging(folder.log_file)
     with RunReport(folder, from_step=0, total_steps=10, is_enabled=True) as report:
         report_steps(report)

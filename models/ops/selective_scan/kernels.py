@@ -45,30 +45,38 @@ def _load(ptr, start, token, length, STEPS: tl.constexpr):
     keeps all tokens of its lane.
     """
     if STEPS * ptr.dtype.element_ty.primitive_bitwidth <= 128:
-        at = token[:, None] + tl.arange(0, STEPS)[None, :]
-        x = tl.load(ptr + (start[:, None] + at), mask=at < length, other=0.0)
-        return x.to(tl.float32)
+        return _load_at_once(ptr, start, token, length, STEPS)
     else:  # noqa: RET505 (the compiler needs both branches)
-        half: tl.constexpr = STEPS // 2
-        left = _load(ptr, start, token, length, half)
-        right = _load(ptr, start, token + half, length, half)
+        left = _load_at_once(ptr, start, token, length, STEPS // 2)
+        right = _load_at_once(ptr, start, token + STEPS // 2, length, STEPS // 2)
         both = tl.permute(tl.join(left, right), (0, 2, 1))
         return tl.reshape(both, [token.shape[0], STEPS])
+
+
+@triton.jit
+def _load_at_once(ptr, start, token, length, STEPS: tl.constexpr):
+    at = token[:, None] + tl.arange(0, STEPS)[None, :]
+    x = tl.load(ptr + (start[:, None] + at), mask=at < length, other=0.0)
+    return x.to(tl.float32)
 
 
 @triton.jit
 def _store(ptr, x, start, token, length, valid, STEPS: tl.constexpr):
     """Write what _load reads, of valid rows; x (M, STEPS), valid (M,)."""
     if STEPS * ptr.dtype.element_ty.primitive_bitwidth <= 128:
-        at = token[:, None] + tl.arange(0, STEPS)[None, :]
-        x = x.to(ptr.dtype.element_ty)
-        tl.store(ptr + (start[:, None] + at), x, mask=(at < length) & valid[:, None])
+        _store_at_once(ptr, x, start, token, length, valid, STEPS)
     else:
-        half: tl.constexpr = STEPS // 2
-        both = tl.permute(tl.reshape(x, [token.shape[0], 2, half]), (0, 2, 1))
+        both = tl.permute(tl.reshape(x, [token.shape[0], 2, STEPS // 2]), (0, 2, 1))
         left, right = tl.split(both)
-        _store(ptr, left, start, token, length, valid, half)
-        _store(ptr, right, start, token + half, length, valid, half)
+        _store_at_once(ptr, left, start, token, length, valid, STEPS // 2)
+        _store_at_once(ptr, right, start, token + STEPS // 2, length, valid, STEPS // 2)
+
+
+@triton.jit
+def _store_at_once(ptr, x, start, token, length, valid, STEPS: tl.constexpr):
+    at = token[:, None] + tl.arange(0, STEPS)[None, :]
+    x = x.to(ptr.dtype.element_ty)
+    tl.store(ptr + (start[:, None] + at), x, mask=(at < length) & valid[:, None])
 
 
 @triton.jit
