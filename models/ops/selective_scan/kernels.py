@@ -111,6 +111,20 @@ def _following(n, N):
 
 
 @triton.jit
+def _borders(chunk, chunks, REVERSE: tl.constexpr):
+    """By which border a walk enters this chunk and by which it leaves, and whether they are kept.
+
+    Border c lies between the chunks c and c + 1. One that is not kept is named by a neighbour.
+    """
+    before, has_before = tl.maximum(chunk - 1, 0), chunk > 0
+    after, has_after = tl.maximum(tl.minimum(chunk, chunks - 2), 0), chunk < chunks - 1
+    if REVERSE:
+        return after, has_after, before, has_before
+    else:  # noqa: RET505
+        return before, has_before, after, has_after
+
+
+@triton.jit
 def _load_for_rows(
     ptr,
     chunk,
@@ -374,11 +388,11 @@ def _chunk_ends_kernel(
     group_size = channels // groups
 
     first_row = group * group_size
-    pair_row, pair_valid = _rows(block, group_size, ROWS, LANES)
+    pair_row, _ = _rows(block, group_size, ROWS, LANES)
     pair_row += first_row
     pair_start = (batch * channels + pair_row).to(tl.int64) * length
     pair_token = _tokens(chunk, ROWS, LANES, STEPS, not REVERSE)
-    dt, raw = _step_sizes(delta, bias, pair_start, pair_token, length, pair_row, SOFTPLUS, STEPS)
+    dt, _ = _step_sizes(delta, bias, pair_start, pair_token, length, pair_row, SOFTPLUS, STEPS)
     inputs = _load(x, pair_start, pair_token, length, STEPS)
     if not REVERSE:
         inputs *= dt
@@ -599,8 +613,9 @@ def _gradient_kernel(
     first_row = group * group_size
     pair_token = _tokens(chunk, ROWS, LANES, STEPS, False)
     chunk_at = (batch * chunks + chunk).to(tl.int64) * channels
-    late_at = (batch * (chunks - 1) + tl.minimum(chunk, chunks - 2)).to(tl.int64) * channels
-    carry_at = (batch * (chunks - 1) + tl.maximum(chunk - 1, 0)).to(tl.int64) * channels
+    entry, has_entry, way_out, has_way_out = _borders(chunk, chunks, False)
+    late_at = (batch * (chunks - 1) + way_out).to(tl.int64) * channels
+    carry_at = (batch * (chunks - 1) + entry).to(tl.int64) * channels
     matrices = (batch * groups + group).to(tl.int64) * N * length
     B += matrices
     C += matrices
@@ -638,10 +653,8 @@ def _gradient_kernel(
         is_later = (sum_token < length) & _repeat(block > first_block, 2 * TILE)
         for _ in range(N):
             a = tl.load(A + row * N + n).to(tl.float32)
-            late = tl.load(gradients + (late_at + row) * N + n)
-            late = tl.where(chunk < chunks - 1, late, 0.0)
-            carry = tl.load(states + (carry_at + row) * N + n)
-            carry = tl.where(chunk > 0, carry, 0.0)
+            late = tl.where(has_way_out, tl.load(gradients + (late_at + row) * N + n), 0.0)
+            carry = tl.where(has_entry, tl.load(states + (carry_at + row) * N + n), 0.0)
             b = _load_for_rows(B + n * length, chunk, length, ROWS, LANES, STEPS, WARPS, False)
             c = _load_for_rows(C + n * length, chunk, length, ROWS, LANES, STEPS, WARPS, False)
             decay = tl.exp2(dt * (a * LOG2_E)[:, None, None])

@@ -14,6 +14,7 @@ import triton.language as tl
 from models.ops.selective_scan.kernels import (
     LOG2_E,
     SIZES,
+    _borders,
     _following,
     _join_lanes,
     _join_later_lanes,
@@ -57,16 +58,14 @@ def _step_sizes(
     """
     weight += row * R
     r = 2 * first
-    x, x_after = _two_ranks(low, r, R, chunk, length, ROWS, LANES, STEPS, WARPS, REVERSE)
-    w, w_after = _two_weights(weight, r, R)
-    raw = w[:, None, None] * x
-    raw += w_after[:, None, None] * x_after
+    raw = _rank_product(low, weight, r, R, chunk, length, ROWS, LANES, STEPS, WARPS, REVERSE)
+    raw += _rank_product(low, weight, r + 1, R, chunk, length, ROWS, LANES, STEPS, WARPS, REVERSE)
     for _ in range(2, R, 2):
         r = tl.where(r + 2 < R, r + 2, 0)
-        x, x_after = _two_ranks(low, r, R, chunk, length, ROWS, LANES, STEPS, WARPS, REVERSE)
-        w, w_after = _two_weights(weight, r, R)
-        raw += w[:, None, None] * x
-        raw += w_after[:, None, None] * x_after
+        for rank in tl.static_range(2):
+            raw += _rank_product(
+                low, weight, r + rank, R, chunk, length, ROWS, LANES, STEPS, WARPS, REVERSE
+            )
     raw += tl.load(bias + row)[:, None, None]
     token = _tokens(chunk, 1, LANES, STEPS, REVERSE)[None, :, None]
     at = token + tl.arange(0, STEPS)[None, None, :]
@@ -74,8 +73,9 @@ def _step_sizes(
 
 
 @triton.jit
-def _two_ranks(
+def _rank_product(
     low,
+    weight,
     r,
     R,
     chunk,
@@ -86,17 +86,11 @@ def _two_ranks(
     WARPS: tl.constexpr,
     REVERSE: tl.constexpr,
 ):
-    """dt_low of ranks r and r + 1, the same for all rows."""
-    after = low + tl.minimum(r + 1, R - 1) * length
-    x = _load_for_rows(low + r * length, chunk, length, ROWS, LANES, STEPS, WARPS, REVERSE)
-    return x, _load_for_rows(after, chunk, length, ROWS, LANES, STEPS, WARPS, REVERSE)
-
-
-@triton.jit
-def _two_weights(weight, r, R):
-    """Those of ranks r and r + 1, or 0 for one that is not there; weight (ROWS,) pointers."""
-    after = tl.load(weight + tl.minimum(r + 1, R - 1))
-    return tl.load(weight + r), tl.where(r + 1 < R, after, 0.0)
+    """weight[r] · low[r] (ROWS, LANES, STEPS), 0 past the last rank; weight (ROWS,) pointers."""
+    at = tl.minimum(r, R - 1)
+    w = tl.where(r < R, tl.load(weight + at), 0.0)
+    x = _load_for_rows(low + at * length, chunk, length, ROWS, LANES, STEPS, WARPS, REVERSE)
+    return w[:, None, None] * x
 
 
 @triton.jit
@@ -105,20 +99,6 @@ def _softplus_slope(dt):
     series = 1 - dt * (1 / 4 - dt * (1 / 20 - dt * (1 / 120)))
     series = dt * (1 - dt * (1 / 2) * (1 - dt * (1 / 3) * series))
     return tl.where(dt < 0.125, series, 1 - tl.exp2(-dt * LOG2_E))
-
-
-@triton.jit
-def _borders(chunk, chunks, REVERSE: tl.constexpr):
-    """By which border a walk enters this chunk and by which it leaves, and whether they are kept.
-
-    Border c lies between the chunks c and c + 1. One that is not kept is named by a neighbour.
-    """
-    before, has_before = tl.maximum(chunk - 1, 0), chunk > 0
-    after, has_after = tl.maximum(tl.minimum(chunk, chunks - 2), 0), chunk < chunks - 1
-    if REVERSE:
-        return after, has_after, before, has_before
-    else:  # noqa: RET505
-        return before, has_before, after, has_after
 
 
 @triton.jit(do_not_specialize=SIZES)
