@@ -3,9 +3,9 @@
 import math
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
+from models.ops.mamba_path import conv_silu, gate
 from models.ops.selective_scan import selective_scan
 from models.ss2d import initial_A_log, initial_dt_bias
 
@@ -28,7 +28,7 @@ class Mamba(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x, z = self.in_proj(x).chunk(2, dim=1)
-        return self.out_proj(self.scan(x) * F.silu(z))
+        return self.out_proj(gate(self.scan(x), None, z))
 
 
 class BidirectionalMamba(nn.Module):
@@ -48,18 +48,20 @@ class BidirectionalMamba(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x, z = self.in_proj(x).chunk(2, dim=1)
-        y = 0.5 * (self.forward_scan(x) + self.backward_scan(x.flip(-1)).flip(-1))
-        return self.out_proj(y * F.silu(z))
+        return self.out_proj(gate(self.forward_scan(x), self.backward_scan(x, flip=True), z))
 
 
 class CausalScan(nn.Module):
-    """One pass of Mamba: causal depthwise conv, SiLU, selective scan. (B, D, L) -> (B, D, L)."""
+    """One pass of Mamba: causal depthwise conv, SiLU, selective scan. (B, D, L) -> (B, D, L).
+
+    With `flip` from the last token to the first, in which order the result stays.
+    """
 
     def __init__(self, inner: int, *, rank: int, d_state: int) -> None:
         super().__init__()
         self.splits = [rank, d_state, d_state]
         self.scan_backend = "auto"
-        self.conv1d = nn.Conv1d(inner, inner, CONV_WIDTH, padding=CONV_WIDTH - 1, groups=inner)
+        self.conv1d = nn.Conv1d(inner, inner, CONV_WIDTH, groups=inner)  # only its parameters
         self.x_proj = nn.Conv1d(inner, sum(self.splits), 1, bias=False)
         self.dt_proj = nn.Linear(rank, inner)
         self.A_log = nn.Parameter(initial_A_log(inner, d_state))
@@ -68,8 +70,8 @@ class CausalScan(nn.Module):
         with torch.no_grad():
             self.dt_proj.bias.copy_(initial_dt_bias(inner))
 
-    def forward(self, x: Tensor) -> Tensor:
-        x = F.silu(self.conv1d(x)[..., : x.shape[-1]])
+    def forward(self, x: Tensor, *, flip: bool = False) -> Tensor:
+        x = conv_silu(x, self.conv1d.weight[:, 0], self.conv1d.bias, flip=flip)
         dt_low, B, C = self.x_proj(x).split(self.splits, dim=1)
         return selective_scan(
             x,

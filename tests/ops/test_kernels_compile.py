@@ -13,6 +13,7 @@ triton = pytest.importorskip("triton", reason="triton is not installed here")
 compiler = pytest.importorskip("triton.backends.compiler", reason="this triton is too old")
 
 from models.ops.channel_norm import kernels as norms  # noqa: E402
+from models.ops.mamba_path import kernels as paths  # noqa: E402
 from models.ops.selective_scan import kernels as rows  # noqa: E402
 from models.ops.ss2d_scan import kernels as maps  # noqa: E402
 
@@ -24,7 +25,7 @@ pytestmark = pytest.mark.skipif(
 )
 
 SIZES = {"length", "channels", "groups", "R", "N", "chunks", "blocks", "batches", "splits", "rows"}
-SIZES |= {"reversed_sets", "columns", "x_rows", "tiles", "rounds"}
+SIZES |= {"reversed_sets", "columns", "x_rows", "tiles", "rounds", "stride", "z_stride"}
 INDICES = {"pixels", "steps"}
 FLOAT32 = {"A", "ends", "spans", "states", "gradients", "grad_rows", "grad_matrices", "parts"}
 FLOAT32 |= {"mean", "rstd"}
@@ -47,6 +48,10 @@ CASES = [
     (maps._from_orders_kernel, {"ROWS": 4, "TOKENS": 128}),
     (norms._norm_kernel, {"CHANNELS": 32, "PIXELS": 16}),
     (norms._norm_gradient_kernel, {"CHANNELS": 32, "PIXELS": 16}),
+    (paths._conv_kernel, {"WIDTH": 4, "FLIP": True, "ROWS": 4, "TOKENS": 128}),
+    (paths._conv_gradient_kernel, {"WIDTH": 4, "FLIP": True, "ROWS": 4, "TOKENS": 128}),
+    (paths._gate_kernel, {"ROWS": 4, "TOKENS": 128}),
+    (paths._gate_gradient_kernel, {"ROWS": 4, "TOKENS": 128}),
 ]
 
 

@@ -1,0 +1,188 @@
+"""Triton kernels of what surrounds a Mamba scan: elementwise but for the convolution's few taps.
+
+A program has ROWS channels of one sequence and TOKENS tokens. Tensors are (batch, D, L) with
+rows of contiguous tokens and channels; x and z may be halves of a wider tensor: their `stride`
+leads from one image to the next.
+"""
+
+import triton
+import triton.language as tl
+
+SIZES = ["channels", "stride", "z_stride"]
+
+
+@triton.jit
+def _place(channels, length, ROWS: tl.constexpr, TOKENS: tl.constexpr):
+    """This program's channels and tokens, and which of them are there."""
+    channel = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
+    token = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)
+    inside = (channel < channels)[:, None] & (token < length)[None, :]
+    return channel, token, inside
+
+
+@triton.jit
+def _sigmoid(x):
+    z = tl.exp(-tl.abs(x))
+    return tl.where(x >= 0, 1.0, z) / (1 + z)
+
+
+@triton.jit
+def _take(x, rows, token, length, valid, FLIP: tl.constexpr):
+    """x[row, token] as float32, counted from the last token if FLIP; 0 outside of the sequence."""
+    at = token
+    if FLIP:
+        at = length - 1 - token
+    inside = valid[:, None] & ((token >= 0) & (token < length))[None, :]
+    return tl.load(x + rows[:, None] + at[None, :], mask=inside, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def _convolved(
+    x, weight, bias, rows, channel, token, length, valid, WIDTH: tl.constexpr, FLIP: tl.constexpr
+):
+    """bias + Σ_k weight[k] · x[token - WIDTH + 1 + k] (ROWS, TOKENS)."""
+    b = tl.load(bias + channel, mask=valid, other=0.0).to(tl.float32)
+    total = b[:, None] + tl.zeros([channel.shape[0], token.shape[0]], tl.float32)
+    for k in tl.static_range(WIDTH):
+        w = tl.load(weight + channel * WIDTH + k, mask=valid, other=0.0).to(tl.float32)
+        total += w[:, None] * _take(x, rows, token - (WIDTH - 1 - k), length, valid, FLIP)
+    return total
+
+
+@triton.jit(do_not_specialize=SIZES)
+def _conv_kernel(
+    x,
+    weight,
+    bias,
+    y,
+    length,
+    channels,
+    stride,
+    WIDTH: tl.constexpr,
+    FLIP: tl.constexpr,
+    ROWS: tl.constexpr,
+    TOKENS: tl.constexpr,
+):
+    """y = SiLU of the convolution."""
+    channel, token, inside = _place(channels, length, ROWS, TOKENS)
+    image = tl.program_id(2).to(tl.int64)
+    rows = image * stride + channel.to(tl.int64) * length
+    valid = channel < channels
+    out = _convolved(x, weight, bias, rows, channel, token, length, valid, WIDTH, FLIP)
+    out *= _sigmoid(out)
+    at = ((image * channels + channel) * length)[:, None] + token[None, :]
+    tl.store(y + at, out.to(y.dtype.element_ty), mask=inside)
+
+
+@triton.jit(do_not_specialize=SIZES)
+def _conv_gradient_kernel(
+    grad_y,
+    x,
+    weight,
+    bias,
+    grad_x,
+    parts,
+    length,
+    channels,
+    stride,
+    WIDTH: tl.constexpr,
+    FLIP: tl.constexpr,
+    ROWS: tl.constexpr,
+    TOKENS: tl.constexpr,
+):
+    """grad_x, and parts (batch, D, token blocks, WIDTH + 1) of the gradients of weight and bias.
+
+    A token meets the gradients of the WIDTH outputs from its own on: each is made anew.
+    """
+    channel, token, inside = _place(channels, length, ROWS, TOKENS)
+    image = tl.program_id(2).to(tl.int64)
+    rows = image * stride + channel.to(tl.int64) * length
+    valid = channel < channels
+    own_rows = (image * channels + channel) * length
+    out = tl.zeros([ROWS, TOKENS], tl.float32)
+    part = parts + ((image * channels + channel) * tl.num_programs(0) + tl.program_id(0)) * (
+        WIDTH + 1
+    )
+    for ahead in tl.static_range(WIDTH):
+        before = _convolved(
+            x, weight, bias, rows, channel, token + ahead, length, valid, WIDTH, FLIP
+        )
+        sigmoid = _sigmoid(before)
+        slope = sigmoid * (1 + before * (1 - sigmoid))
+        gradient = _take(grad_y, own_rows, token + ahead, length, valid, False) * slope
+        w = tl.load(weight + channel * WIDTH + WIDTH - 1 - ahead, mask=valid, other=0.0)
+        out += w.to(tl.float32)[:, None] * gradient
+        if ahead == 0:
+            tl.store(part + WIDTH, tl.sum(gradient, 1), mask=valid)
+            for k in tl.static_range(WIDTH):
+                tap = _take(x, rows, token - (WIDTH - 1 - k), length, valid, FLIP)
+                tl.store(part + k, tl.sum(gradient * tap, 1), mask=valid)
+    at = token
+    if FLIP:
+        at = length - 1 - token
+    tl.store(grad_x + own_rows[:, None] + at[None, :], out.to(grad_x.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _mean(y, flipped, rows, token, length, valid):
+    value = _take(y, rows, token, length, valid, False)
+    if flipped is not None:
+        value = 0.5 * (value + _take(flipped, rows, token, length, valid, True))
+    return value
+
+
+@triton.jit(do_not_specialize=SIZES)
+def _gate_kernel(
+    y,
+    flipped,
+    z,
+    out,
+    length,
+    channels,
+    z_stride,
+    ROWS: tl.constexpr,
+    TOKENS: tl.constexpr,
+):
+    """out = y · SiLU(z), or the mean of both passes."""
+    channel, token, inside = _place(channels, length, ROWS, TOKENS)
+    image = tl.program_id(2).to(tl.int64)
+    valid = channel < channels
+    rows = (image * channels + channel) * length
+    gate = _take(z, image * z_stride + channel.to(tl.int64) * length, token, length, valid, False)
+    value = _mean(y, flipped, rows, token, length, valid) * gate * _sigmoid(gate)
+    tl.store(out + rows[:, None] + token[None, :], value.to(out.dtype.element_ty), mask=inside)
+
+
+@triton.jit(do_not_specialize=SIZES)
+def _gate_gradient_kernel(
+    grad_out,
+    y,
+    flipped,
+    z,
+    grad_y,
+    grad_flipped,
+    grad_z,
+    length,
+    channels,
+    z_stride,
+    ROWS: tl.constexpr,
+    TOKENS: tl.constexpr,
+):
+    """The gradients of y, flipped (in its own order) and z."""
+    channel, token, inside = _place(channels, length, ROWS, TOKENS)
+    image = tl.program_id(2).to(tl.int64)
+    valid = channel < channels
+    rows = (image * channels + channel) * length
+    gate = _take(z, image * z_stride + channel.to(tl.int64) * length, token, length, valid, False)
+    gradient = _take(grad_out, rows, token, length, valid, False)
+    sigmoid = _sigmoid(gate)
+    slope = sigmoid * (1 + gate * (1 - sigmoid))
+    for_z = gradient * _mean(y, flipped, rows, token, length, valid) * slope
+    at = rows[:, None] + token[None, :]
+    tl.store(grad_z + at, for_z.to(grad_z.dtype.element_ty), mask=inside)
+    for_y = gradient * gate * sigmoid
+    if flipped is not None:
+        for_y *= 0.5
+        back = rows[:, None] + (length - 1 - token)[None, :]
+        tl.store(grad_flipped + back, for_y.to(grad_flipped.dtype.element_ty), mask=inside)
+    tl.store(grad_y + at, for_y.to(grad_y.dtype.element_ty), mask=inside)

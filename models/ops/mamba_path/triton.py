@@ -1,0 +1,215 @@
+"""The parts around a Mamba scan on GPU, each one pass: custom operators with their backwards.
+
+A backward pass over the sequence needs no flipped copies: its convolution reads x from the end,
+the gate its result. Deterministic: no atomics.
+"""
+
+import contextlib
+import os
+from typing import NamedTuple
+
+import torch
+import triton
+from torch import Tensor
+
+from models.ops.mamba_path.kernels import (
+    _conv_gradient_kernel,
+    _conv_kernel,
+    _gate_gradient_kernel,
+    _gate_kernel,
+)
+
+_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+
+
+class _Tile(NamedTuple):
+    rows: int
+    tokens: int
+
+
+_TILE = _Tile(2, 16) if _INTERPRETED else _Tile(4, 512)
+
+
+def conv_silu_triton(x: Tensor, weight: Tensor, bias: Tensor, flip: bool) -> Tensor:
+    """The same function as conv_silu_reference.
+
+    Raises:
+        RuntimeError: tensors that are not on a GPU, or float64 x.
+    """
+    _check(x)
+    return _conv(x, weight, bias, flip)
+
+
+def gate_triton(y: Tensor, flipped: Tensor | None, z: Tensor) -> Tensor:
+    """The same function as gate_reference; RuntimeError as conv_silu_triton."""
+    _check(z)
+    return _gate(y, flipped, z)
+
+
+def _check(x: Tensor) -> None:
+    if not (x.is_cuda or _INTERPRETED):
+        raise RuntimeError(f"mamba_path backend 'triton' needs GPU tensors, got {x.device}")
+    if x.dtype == torch.float64:
+        raise RuntimeError("mamba_path backend 'triton' computes in float32; use 'reference'")
+
+
+@torch.library.custom_op("cmfs::conv_silu", mutates_args=())
+def _conv(x: Tensor, weight: Tensor, bias: Tensor, flip: bool) -> Tensor:
+    x, stride = _with_rows(x)
+    weight, bias = weight.contiguous(), bias.contiguous()
+    y = x.new_empty(x.shape)
+    if x.numel():
+        with _device(x):
+            _conv_kernel[_grid(x)](
+                x,
+                weight,
+                bias,
+                y,
+                x.shape[2],
+                x.shape[1],
+                stride,
+                WIDTH=weight.shape[1],
+                FLIP=flip,
+                ROWS=_TILE.rows,
+                TOKENS=_TILE.tokens,
+            )
+    return y
+
+
+@_conv.register_fake
+def _(x, weight, bias, flip):
+    return x.new_empty(x.shape)
+
+
+@torch.library.custom_op("cmfs::conv_silu_backward", mutates_args=())
+def _conv_backward(
+    grad_y: Tensor, x: Tensor, weight: Tensor, bias: Tensor, flip: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of x, weight and bias."""
+    x, stride = _with_rows(x)
+    grad_y, weight, bias = grad_y.contiguous(), weight.contiguous(), bias.contiguous()
+    grad_x = x.new_empty(x.shape)
+    blocks, _, batch = grid = _grid(x)
+    width = weight.shape[1]
+    parts = x.new_empty((batch, x.shape[1], blocks, width + 1), dtype=torch.float32)
+    if x.numel():
+        with _device(x):
+            _conv_gradient_kernel[grid](
+                grad_y,
+                x,
+                weight,
+                bias,
+                grad_x,
+                parts,
+                x.shape[2],
+                x.shape[1],
+                stride,
+                WIDTH=width,
+                FLIP=flip,
+                ROWS=_TILE.rows,
+                TOKENS=_TILE.tokens,
+            )
+    for_weight, for_bias = parts.sum((0, 2)).split([width, 1], dim=1)
+    return grad_x, for_weight.to(weight.dtype, copy=True), for_bias[:, 0].to(bias.dtype, copy=True)
+
+
+@_conv_backward.register_fake
+def _(grad_y, x, weight, bias, flip):
+    whole = torch.contiguous_format
+    return (
+        x.new_empty(x.shape),
+        torch.empty_like(weight, memory_format=whole),
+        torch.empty_like(bias, memory_format=whole),
+    )
+
+
+@torch.library.custom_op("cmfs::mamba_gate", mutates_args=())
+def _gate(y: Tensor, flipped: Tensor | None, z: Tensor) -> Tensor:
+    y, flipped, (z, stride) = _contiguous(y), _contiguous(flipped), _with_rows(z)
+    out = y.new_empty(y.shape, dtype=torch.promote_types(y.dtype, z.dtype))
+    if y.numel():
+        with _device(y):
+            _gate_kernel[_grid(y)](y, flipped, z, out, y.shape[2], y.shape[1], stride, *_TILE)
+    return out
+
+
+@_gate.register_fake
+def _(y, flipped, z):
+    return y.new_empty(y.shape, dtype=torch.promote_types(y.dtype, z.dtype))
+
+
+@torch.library.custom_op("cmfs::mamba_gate_backward", mutates_args=())
+def _gate_backward(
+    grad_out: Tensor, y: Tensor, flipped: Tensor | None, z: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of y, flipped (an unused vector if that is absent) and z."""
+    grad_out, y, flipped = grad_out.contiguous(), _contiguous(y), _contiguous(flipped)
+    z, stride = _with_rows(z)
+    grad_y, grad_z = y.new_empty(y.shape), z.new_empty(z.shape)
+    grad_flipped = y.new_empty(0) if flipped is None else flipped.new_empty(y.shape)
+    if y.numel():
+        with _device(y):
+            _gate_gradient_kernel[_grid(y)](
+                grad_out,
+                y,
+                flipped,
+                z,
+                grad_y,
+                grad_flipped,
+                grad_z,
+                y.shape[2],
+                y.shape[1],
+                stride,
+                *_TILE,
+            )
+    return grad_y, grad_flipped, grad_z
+
+
+@_gate_backward.register_fake
+def _(grad_out, y, flipped, z):
+    grad_flipped = y.new_empty(0) if flipped is None else flipped.new_empty(y.shape)
+    return y.new_empty(y.shape), grad_flipped, z.new_empty(z.shape)
+
+
+def _setup_conv(ctx, inputs, output) -> None:
+    *tensors, ctx.flip = inputs
+    ctx.save_for_backward(*tensors)
+
+
+def _differentiate_conv(ctx, grad_y: Tensor) -> tuple[Tensor | None, ...]:
+    return *_conv_backward(grad_y, *ctx.saved_tensors, ctx.flip), None
+
+
+def _setup_gate(ctx, inputs, output) -> None:
+    ctx.save_for_backward(*inputs)
+
+
+def _differentiate_gate(ctx, grad_out: Tensor) -> tuple[Tensor | None, ...]:
+    y, flipped, z = ctx.saved_tensors
+    grad_y, grad_flipped, grad_z = _gate_backward(grad_out, y, flipped, z)
+    return grad_y, None if flipped is None else grad_flipped, grad_z
+
+
+_conv.register_autograd(_differentiate_conv, setup_context=_setup_conv)
+_gate.register_autograd(_differentiate_gate, setup_context=_setup_gate)
+
+
+def _grid(x: Tensor) -> tuple[int, int, int]:
+    batch, channels, length = x.shape
+    return triton.cdiv(length, _TILE.tokens), triton.cdiv(channels, _TILE.rows), batch
+
+
+def _with_rows(x: Tensor) -> tuple[Tensor, int]:
+    """x with contiguous channels, copied only if they are not, and its stride between images."""
+    if x.stride()[1:] != (x.shape[2], 1):
+        x = x.contiguous()
+    return x, x.stride(0)
+
+
+def _contiguous(x: Tensor | None) -> Tensor | None:
+    return None if x is None else x.contiguous()
+
+
+def _device(x: Tensor) -> contextlib.AbstractContextManager:
+    """Triton launches on the current device: make it x's."""
+    return torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext()
