@@ -5,7 +5,7 @@
 
 Random images and weights; medians of the timed repeats after a warm-up; one table per call.
 "kept" is what a training forward leaves for the gradient; "replayed" the forward as eval.py and
-predict.py run it on a GPU, recorded as a CUDA graph.
+predict.py run it on a GPU, and the training step as train.py does, recorded as CUDA graphs.
 """
 
 import argparse
@@ -14,7 +14,6 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
 
 import torch
 from torch import nn
@@ -23,10 +22,12 @@ if __name__ == "__main__":  # started as a file: the project's packages lie one 
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from configs import Config, load_config
+from dataloader.packing import Sample
 from engine.graphs import GraphedModel
-from engine.losses import joint_loss
-from engine.optim import build_optimizer
+from engine.state import build_state
+from engine.step import record_steps, train_step
 from models import CMFS, build_model
+from utils.distributed import Devices
 from utils.environment import environment_info
 
 
@@ -45,9 +46,9 @@ def main() -> None:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     print(f"machine: {environment_info()}")
     columns = ("scan", "precision", "forward b1 ms", "peak GB", "replayed ms")
-    columns += ("batch", "recompute", "train step ms", "peak GB", "kept GB")
+    columns += ("batch", "recompute", "train step ms", "replayed ms", "peak GB", "kept GB")
     print(f"| {' | '.join(columns)} |")
-    print("|" + "---|" * 10)
+    print("|" + "---|" * 11)
     for backend in arguments.backend:
         config = load_config(
             "msrs",
@@ -57,6 +58,7 @@ def main() -> None:
                 "model.pretrained=none",
                 f"model.scan_backend={backend}",
                 f"train.crop={list(arguments.size)}",
+                f"train.batch_size={arguments.batch}",
             ],
         )
         model = build_model(config).to(device)
@@ -67,13 +69,19 @@ def main() -> None:
             )
             for recompute in arguments.recompute:
                 model.set_recompute(recompute == "true")
-                step = step_once(model, config, device, precision, arguments.batch)
-                train = measure(step, device, arguments)
+                train = measure(
+                    step_once(model, config, device, precision, False), device, arguments
+                )
+                again = None
+                if device.type == "cuda" and recompute == "false":
+                    again = measure(
+                        step_once(model, config, device, precision, True), device, arguments
+                    )
                 left = kept(model, config, device, precision, arguments.batch)
                 print(
                     f"| {backend} | {precision} | {forward[0]:.1f} | {forward[1]:.2f} "
                     f"| {replayed[0]:.1f} | {arguments.batch} | {recompute} | {train[0]:.1f} "
-                    f"| {train[1]:.2f} | {left:.2f} |",
+                    f"| {f'{again[0]:.1f}' if again else '–'} | {train[1]:.2f} | {left:.2f} |",
                     flush=True,
                 )
 
@@ -99,18 +107,21 @@ def forward_once(
 
 
 def step_once(
-    model: CMFS, config: Config, device: torch.device, precision: str, batch_size: int
+    model: CMFS, config: Config, device: torch.device, precision: str, is_recorded: bool
 ) -> Callable[[], None]:
-    batch = random_batch(config, device, batch_size)
-    optimizer = build_optimizer(model, config.train)
+    """A training step as engine/trainer.py takes it."""
+    autocast_dtype, _ = PRECISIONS[precision]
+    named = "bf16" if autocast_dtype else "float32"
+    train = config.train.model_copy(update={"precision": named, "cuda_graph": is_recorded})
+    config = config.model_copy(update={"train": train})
+    state = build_state(config, model, Devices(device, 0, 0, 1), steps_per_epoch=1)
+    record_steps(state, config)
+    batch = random_batch(config, device, train.batch_size)
 
     def run() -> None:
         model.train()
-        optimizer.zero_grad(set_to_none=True)
-        with autocast(device, precision):
-            output = model(batch.rgb, batch.thermal)
-        joint_loss(output, batch, config.loss)["total"].backward()
-        optimizer.step()
+        autocast(device, precision)  # sets TF32
+        train_step(state, batch, config)
 
     return run
 
@@ -142,13 +153,14 @@ def autocast(device: torch.device, precision: str) -> torch.autocast:
     return torch.autocast(device.type, dtype=dtype, enabled=dtype is not None)
 
 
-def random_batch(config: Config, device: torch.device, batch_size: int) -> SimpleNamespace:
+def random_batch(config: Config, device: torch.device, batch_size: int) -> Sample:
     shape = (batch_size, *config.train.crop)
-    return SimpleNamespace(
+    return Sample(
         rgb=torch.rand(batch_size, 3, *config.train.crop, device=device),
         thermal=torch.rand(batch_size, 3, *config.train.crop, device=device),
         label=torch.randint(0, config.data.num_classes, shape, device=device),
         valid=torch.ones(shape, dtype=torch.bool, device=device),
+        name=[f"random {index}" for index in range(batch_size)],
     )
 
 
@@ -157,7 +169,7 @@ def measure(
 ) -> tuple[float, float]:
     """Median milliseconds and peak gigabytes (0 on a CPU)."""
     is_cuda = device.type == "cuda"
-    for _ in range(3):
+    for _ in range(4):  # a graph is recorded at the third call
         run()
     if is_cuda:
         torch.cuda.synchronize()

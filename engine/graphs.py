@@ -1,9 +1,12 @@
-"""Prediction on a GPU without the cost of launching some three thousand kernels one by one."""
+"""Prediction and training on a GPU without launching thousands of kernels one by one."""
 
 from collections import Counter, OrderedDict
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 
 from models import CMFS, CMFSOutput
 
@@ -66,3 +69,61 @@ class _Graph:
             own.copy_(given)
         self._graph.replay()
         return CMFSOutput(*(x.clone() for x in self._output))  # the next replay writes there
+
+
+class GraphedGradient:
+    """A function that adds to gradients, recorded once as a CUDA graph and then replayed.
+
+    The first two calls run as ever; the third is recorded with the gradients' memory as it stands,
+    which from then on must stay: set gradients to zero, not to None (keeps_gradients). Arguments of
+    other shapes than the recorded ones run as ever. Random numbers are drawn as without a graph.
+
+    Args:
+        compute: takes and returns nested tuples and dicts of tensors on a GPU (and, for arguments,
+            of what it does not look at), and must not wait for the GPU. Its backward pass adds to
+            the gradients of `parameters`.
+    """
+
+    def __init__(self, compute: Callable[..., Any], parameters: list[nn.Parameter]) -> None:
+        self.keeps_gradients = False
+        self._compute = compute
+        self._parameters = parameters
+        self._calls = 0
+        self._graph = torch.cuda.CUDAGraph()
+
+    def __call__(self, *arguments: Any) -> Any:
+        """As `compute`; results are the caller's to keep."""
+        self._calls += 1
+        if self._calls <= _EAGER_CALLS:
+            result = self._compute(*arguments)
+            self._used = [p for p in self._parameters if p.grad is not None]
+            return result
+        if self._calls == _EAGER_CALLS + 1:
+            self._record(arguments)
+        if _shapes(arguments) != self._shapes:
+            return self._compute(*arguments)
+        for own, given in zip(_tensors(self._arguments), _tensors(arguments), strict=True):
+            own.copy_(given)
+        self._graph.replay()
+        return pytree.tree_map_only(Tensor, torch.clone, self._result)
+
+    def _record(self, arguments: Any) -> None:
+        for parameter in self._used:
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+        self.keeps_gradients = True
+        self._shapes = _shapes(arguments)
+        self._arguments = pytree.tree_map_only(Tensor, torch.clone, arguments)
+        device = _tensors(arguments)[0].device
+        # thread_local: a loader's thread may pin memory meanwhile
+        graph = torch.cuda.graph(self._graph, capture_error_mode="thread_local")
+        with torch.cuda.device(device), graph:
+            self._result = self._compute(*self._arguments)
+
+
+def _tensors(tree: Any) -> list[Tensor]:
+    return [x for x in pytree.tree_leaves(tree) if isinstance(x, Tensor)]
+
+
+def _shapes(tree: Any) -> list[torch.Size]:
+    return [x.shape for x in _tensors(tree)]

@@ -22,6 +22,7 @@ from engine.checkpoint import (
     remove_old_epochs,
     save_checkpoint,
 )
+from engine.graphs import GraphedGradient
 from engine.optim import build_optimizer, load_optimizer_state, optimizer_state
 from models import CMFS
 from utils.distributed import Devices, broadcast, gather_objects, is_main_process, largest
@@ -60,6 +61,7 @@ class TrainingState:
     step: int = 0  # steps done in all
     best_miou: float | None = None
     bad_steps: int = 0  # left out so far
+    graph: GraphedGradient | None = None  # forward and backward, where they are replayed
 
     @cached_property
     def parameters(self) -> list[nn.Parameter]:

@@ -1,5 +1,6 @@
 """One training step: forward, backward, and an update that bad numbers turn into none."""
 
+import functools
 from contextlib import AbstractContextManager, nullcontext
 from typing import NamedTuple, Protocol
 
@@ -8,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from configs import Config
+from engine.graphs import GraphedGradient
 from engine.losses import Batch, PixelCounts, count_pixels, joint_loss
 from engine.state import TrainingState
 from utils.distributed import gather_objects, largest, reduce_sum, world_size
@@ -49,24 +51,20 @@ def train_step(state: TrainingState, batch: NamedBatch, config: Config) -> StepR
     """
     accumulation = config.train.accumulation
     statistics = [b.clone() for b in state.statistics] if config.train.max_bad_steps else []
-    state.optimizer.zero_grad()
+    add_gradient = state.graph or functools.partial(_add_gradient, state, config)
+    state.optimizer.zero_grad(set_to_none=not (state.graph and state.graph.keeps_gradients))
     counts = mean_counts(batch, accumulation)
     results = []
     for index, part in enumerate(split_batch(batch, accumulation)):
         with _sharing_gradients(state.network, index == accumulation - 1):
-            parts = _losses(state, part, config, counts)
-            total = parts["total"] / accumulation
-            total = total * torch.where(total.isfinite(), 1.0, torch.nan)
-            state.scaler.scale(total).backward()
-        results.append((parts, state.model.expert_shares()))
+            results.append(add_gradient(part, counts))
     is_skipped, gradient_norm = _update(state, config)
     if state.average is not None:
         state.average.update(state.model, state.step)
     state.step += 1
     state.batch += 1
     losses = {
-        name: torch.stack([parts[name].detach() for parts, _ in results]).mean()
-        for name in results[0][0]
+        name: torch.stack([parts[name] for parts, _ in results]).mean() for name in results[0][0]
     }
     is_bad = is_skipped | ~losses["total"].isfinite()
     for buffer, before in zip(state.statistics, statistics, strict=False):
@@ -109,13 +107,29 @@ def summarize(steps: list[StepResult]) -> Summary:
     return Summary(losses, shares, norm, [found[number] for number in sorted(found)])
 
 
-def _losses(
-    state: TrainingState, batch: NamedBatch, config: Config, counts: PixelCounts
-) -> dict[str, Tensor]:
+def record_steps(state: TrainingState, config: Config) -> None:
+    """Let train_step replay its forward and backward as a CUDA graph where that is possible.
+
+    That is with one process on a GPU and nothing computed anew: others launch kernel by kernel.
+    """
+    is_cuda = state.parameters[0].is_cuda
+    if is_cuda and world_size() == 1 and config.train.cuda_graph and not config.model.recompute:
+        compute = functools.partial(_add_gradient, state, config)
+        state.graph = GraphedGradient(compute, state.parameters)
+
+
+def _add_gradient(
+    state: TrainingState, config: Config, batch: NamedBatch, counts: PixelCounts
+) -> tuple[dict[str, Tensor], Tensor]:
+    """Add this part's share of the step's gradient; its losses, and its experts' shares."""
     dtype = _AUTOCAST_DTYPES[config.train.precision]
     with torch.autocast(batch.rgb.device.type, dtype=dtype, enabled=dtype is not None):
         output = state.network(batch.rgb, batch.thermal)
-    return joint_loss(output, batch, config.loss, counts)
+    parts = joint_loss(output, batch, config.loss, counts)
+    total = parts["total"] / config.train.accumulation
+    total = total * torch.where(total.isfinite(), 1.0, torch.nan)
+    state.scaler.scale(total).backward()
+    return {name: part.detach() for name, part in parts.items()}, state.model.expert_shares()
 
 
 def _update(state: TrainingState, config: Config) -> tuple[Tensor, Tensor]:

@@ -26,7 +26,7 @@ from engine.state import (
     save_last,
     settle,
 )
-from engine.step import StepResult, Summary, summarize, train_step
+from engine.step import StepResult, Summary, record_steps, summarize, train_step
 from models import CMFS
 from utils.cli import StopRequest
 from utils.distributed import Devices, is_main_process, largest
@@ -71,6 +71,7 @@ def fit(
         state = build_state(config, model, devices, steps_per_epoch=len(train_loader))
     if resume_from is not None:
         restore(state, resume_from, config, devices)
+    record_steps(state, config)
     if is_main_process():
         write_run_files(config, folder)
     log.info("text prior: %s", state.model.text_prior.source)

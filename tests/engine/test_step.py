@@ -15,7 +15,7 @@ from engine import step as step_module
 from engine.losses import joint_loss
 from engine.memory import explained_full_evaluation, explained_out_of_memory
 from engine.state import TrainingState, build_state, check_batch
-from engine.step import split_batch, summarize, train_step
+from engine.step import record_steps, split_batch, summarize, train_step
 from models import CMFSOutput, build_model
 from models.text_prior import TextPrior
 from utils.distributed import Devices
@@ -301,7 +301,8 @@ def test_other_errors_pass_the_memory_guard():
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("precision", ["float32", "bf16", "fp16"])
 @pytest.mark.parametrize("is_whole", [False, True], ids=["a convolution", "CMFS"])
-def test_a_step_never_waits_for_the_gpu(precision, is_whole):
+@pytest.mark.parametrize("is_recorded", [False, True], ids=["launched", "recorded"])
+def test_a_step_never_waits_for_the_gpu(precision, is_whole, is_recorded):
     config = config_with(
         f"train.precision={precision}", "train.max_bad_steps=1", "train.ema_decay=0.9",
         "train.accumulation=2", "train.clip_grad_norm=1.0", "train.crop=[32,32]",
@@ -315,7 +316,11 @@ def test_a_step_never_waits_for_the_gpu(precision, is_whole):
         state.model.expert_shares = lambda: torch.zeros(1, 2, device=device)
     batch = Pairs(*(x.to(device) if isinstance(x, torch.Tensor) else x for x in batch_of(4, 32)))
     bad = batch._replace(rgb=torch.full_like(batch.rgb, torch.nan))
-    train_step(state, batch, config)  # makes moments and kernels
+    if is_recorded:
+        record_steps(state, config)
+    for _ in range(3):
+        train_step(state, batch, config)  # makes moments and kernels, and the recording
+    assert (state.graph is not None and state.graph.keeps_gradients) == is_recorded
     torch.cuda.set_sync_debug_mode("error")
     try:
         results = [train_step(state, batch, config) for _ in range(3)]
@@ -325,3 +330,47 @@ def test_a_step_never_waits_for_the_gpu(precision, is_whole):
         torch.cuda.set_sync_debug_mode("default")
     assert [bool(result.is_bad) for result in results] == [False, False, False, True]
     assert changed(before, state) == set()
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("accumulation", [1, 2])
+@pytest.mark.parametrize("precision", ["float32", "bf16"])
+def test_recorded_steps_do_what_launched_ones_do(precision, accumulation):
+    """Random parts, running statistics, a bad step and one of another size included."""
+    config = config_with(
+        f"train.precision={precision}", f"train.accumulation={accumulation}",
+        "train.max_bad_steps=1", "train.crop=[64,64]", "train.lr=1e-3",
+    )  # fmt: skip
+    device = torch.device("cuda", 0)
+    batches = []
+    for index, side in enumerate((64, 64, 64, 64, 96, 64, 64)):
+        batch = Pairs(
+            *(x.to(device) if isinstance(x, torch.Tensor) else x for x in batch_of(4, side))
+        )
+        batches.append(batch._replace(rgb=batch.rgb.roll(index, 0)))
+    batches[5] = batches[5]._replace(rgb=torch.full_like(batches[5].rgb, torch.nan))
+    runs = []
+    for is_recorded in (False, True):
+        torch.manual_seed(0)
+        model = build_model(config)
+        state = build_state(config, model, Devices(device, 0, 0, 1), steps_per_epoch=9)
+        if is_recorded:
+            record_steps(state, config)
+        start = snapshot(state)
+        torch.manual_seed(1)
+        model.train()
+        results = [train_step(state, batch, config) for batch in batches]
+        runs.append((results, snapshot(state), torch.cuda.get_rng_state()))
+    (launched, before, drawn), (recorded, after, drawn_again) = runs
+    assert [bool(result.is_bad) for result in recorded] == [i == 5 for i in range(7)]
+    for ours, expected in zip(recorded, launched, strict=True):
+        torch.testing.assert_close(ours.parts, expected.parts, rtol=2e-2, atol=2e-3, equal_nan=True)
+    assert torch.equal(drawn, drawn_again)
+    for name, value in before.items():
+        if "running" in name:
+            torch.testing.assert_close(after[name], value, rtol=2e-2, atol=2e-3, msg=name)
+    names = [name for name, _ in model.named_parameters()]
+    moved = sum((before[n] - start[n]).double().square().sum() for n in names)
+    apart = sum((before[n] - after[n]).double().square().sum() for n in names)
+    assert apart < 0.05**2 * moved
