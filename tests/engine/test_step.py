@@ -337,10 +337,13 @@ def test_a_step_never_waits_for_the_gpu(precision, is_whole, is_recorded):
 @pytest.mark.parametrize("accumulation", [1, 2])
 @pytest.mark.parametrize("precision", ["float32", "bf16"])
 def test_recorded_steps_do_what_launched_ones_do(precision, accumulation):
-    """Random parts, running statistics, a bad step and one of another size included."""
+    """Random parts, running statistics, a bad step and one of another size included.
+
+    The rate is small: Adam turns the rounding of a gradient near zero into a whole step.
+    """
     config = config_with(
         f"train.precision={precision}", f"train.accumulation={accumulation}",
-        "train.max_bad_steps=1", "train.crop=[64,64]", "train.lr=1e-3",
+        "train.max_bad_steps=1", "train.crop=[64,64]", "train.lr=1e-6",
     )  # fmt: skip
     device = torch.device("cuda", 0)
     batches = []
@@ -353,24 +356,27 @@ def test_recorded_steps_do_what_launched_ones_do(precision, accumulation):
     runs = []
     for is_recorded in (False, True):
         torch.manual_seed(0)
-        model = build_model(config)
-        state = build_state(config, model, Devices(device, 0, 0, 1), steps_per_epoch=9)
+        state = build_state(
+            config, build_model(config), Devices(device, 0, 0, 1), steps_per_epoch=9
+        )
         if is_recorded:
             record_steps(state, config)
-        start = snapshot(state)
         torch.manual_seed(1)
-        model.train()
+        state.model.train()
         results = [train_step(state, batch, config) for batch in batches]
-        runs.append((results, snapshot(state), torch.cuda.get_rng_state()))
-    (launched, before, drawn), (recorded, after, drawn_again) = runs
-    assert [bool(result.is_bad) for result in recorded] == [i == 5 for i in range(7)]
-    for ours, expected in zip(recorded, launched, strict=True):
-        torch.testing.assert_close(ours.parts, expected.parts, rtol=2e-2, atol=2e-3, equal_nan=True)
+        gradient = torch.cat([p.grad.flatten() for p in state.parameters])
+        statistics = torch.cat([s.flatten().float() for s in state.statistics])
+        runs.append((results, gradient, statistics, torch.cuda.get_rng_state()))
+    (launched, *expected, drawn), (recorded, *found, drawn_again) = runs
     assert torch.equal(drawn, drawn_again)
-    for name, value in before.items():
-        if "running" in name:
-            torch.testing.assert_close(after[name], value, rtol=2e-2, atol=2e-3, msg=name)
-    names = [name for name, _ in model.named_parameters()]
-    moved = sum((before[n] - start[n]).double().square().sum() for n in names)
-    apart = sum((before[n] - after[n]).double().square().sum() for n in names)
-    assert apart < 0.05**2 * moved
+    assert [bool(result.is_bad) for result in recorded] == [i == 5 for i in range(7)]
+    tolerance = 2e-2 if precision == "bf16" else 2e-3
+    for ours, goal in zip(recorded, launched, strict=True):
+        names = ("parts", "expert_shares", "gradient_norm")
+        torch.testing.assert_close(
+            [getattr(ours, name) for name in names],
+            [getattr(goal, name) for name in names],
+            rtol=tolerance, atol=1e-4, equal_nan=True,
+        )  # fmt: skip
+    for ours, goal in zip(found, expected, strict=True):
+        assert (ours - goal).norm() < tolerance * goal.norm()
