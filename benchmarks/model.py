@@ -73,7 +73,7 @@ def main() -> None:
                     step_once(model, config, device, precision, False), device, arguments
                 )
                 again = None
-                if device.type == "cuda" and recompute == "false":
+                if device.type == "cuda":
                     again = measure(
                         step_once(model, config, device, precision, True), device, arguments
                     )

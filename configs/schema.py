@@ -119,7 +119,7 @@ class TrainConfig(_Section):
     # finite before the run ends
     tf32: bool  # TF32 matrix units for float32 products on GPU
     cuda_graph: bool = True  # replay forward and backward instead of launching them kernel by
-    # kernel: one GPU, without model.recompute; older checkpoints do not have it
+    # kernel, on one GPU; older checkpoints do not have it
     save_every_s: Annotated[float, Field(ge=0)]  # least age of epoch-last.pth when an epoch's
     # end replaces it
     checkpoint_start: Annotated[int, Field(ge=0)]  # epoch of the first kept checkpoint

@@ -110,10 +110,10 @@ def summarize(steps: list[StepResult]) -> Summary:
 def record_steps(state: TrainingState, config: Config) -> None:
     """Let train_step replay its forward and backward as a CUDA graph where that is possible.
 
-    That is with one process on a GPU and nothing computed anew: others launch kernel by kernel.
+    That is with one process on a GPU: others launch kernel by kernel.
     """
     is_cuda = state.parameters[0].is_cuda
-    if is_cuda and world_size() == 1 and config.train.cuda_graph and not config.model.recompute:
+    if is_cuda and world_size() == 1 and config.train.cuda_graph:
         compute = functools.partial(_add_gradient, state, config)
         state.graph = GraphedGradient(compute, state.parameters)
 

@@ -12,11 +12,12 @@ _streams: dict[tuple[torch.cuda.Stream, int], torch.cuda.Stream] = {}
 def in_parallel(*tasks: tuple[Any, ...]) -> list[Any]:
     """The results of several tasks, each a callable and its arguments, in their order.
 
-    While a CUDA graph is recorded the tasks become branches of it, forward and backward, so that
-    kernels too small for the chip share it. Everywhere else they run one after the other: launched
-    one by one, kernels would wait for the host in any case.
+    While a CUDA graph of a forward without gradients is recorded the tasks become branches of it,
+    so that kernels too small for the chip share it. Everywhere else they run one after the other:
+    launched one by one, kernels wait for the host in any case, and in training branches gain little
+    and keep each other's memory.
     """
-    if torch.compiler.is_compiling() or not _is_recording():
+    if torch.is_grad_enabled() or torch.compiler.is_compiling() or not _is_recording():
         return [task(*arguments) for task, *arguments in tasks]
     main = torch.cuda.current_stream()
     sides = [_side_stream(main, index) for index in range(len(tasks) - 1)]

@@ -14,14 +14,22 @@ class Recomputed(nn.Module):
     """A part that may forget what lies inside it in training and compute it anew for the gradient.
 
     Gradients are those of the plain part. It must not hold a BatchNorm, whose statistics would
-    count each batch twice.
+    count each batch twice, and its forward must not draw random numbers: they would be others the
+    second time. draw() is the place for them.
     """
 
     recompute = False
 
+    def draw(self, *inputs: Any) -> tuple[Any, ...]:
+        """Random numbers for one call; forward gets them after its inputs."""
+        return ()
+
     def __call__(self, *inputs: Any) -> Any:
+        inputs = (*inputs, *self.draw(*inputs))
         if self.recompute and self.training:
-            return checkpoint(super().__call__, *inputs, use_reentrant=False)
+            # The generator's state cannot be kept in a CUDA graph, and need not be.
+            options = {"use_reentrant": False, "preserve_rng_state": False}
+            return checkpoint(super().__call__, *inputs, **options)
         return super().__call__(*inputs)
 
 

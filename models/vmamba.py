@@ -83,9 +83,21 @@ class VSSBlock(Recomputed):
         )
         self.drop_path = StochasticDepth(drop_path, mode="row")
 
-    def forward(self, x: Tensor) -> Tensor:
-        x = x + self.drop_path(self.op(self.norm(x)))
-        return x + self.drop_path(self.mlp(self.norm2(x)))
+    def draw(self, x: Tensor) -> tuple[Tensor, Tensor] | tuple[()]:
+        """Of each image and branch, 0 where it is dropped, else one over the rate that stays."""
+        if not self.training or self.drop_path.p == 0:
+            return ()
+        ones = x.new_ones(x.shape[0], 1, 1, 1)
+        return self.drop_path(ones), self.drop_path(ones)
+
+    def forward(self, x: Tensor, *keep: Tensor) -> Tensor:
+        keep_op, keep_mlp = keep or (None, None)
+        x = x + _scaled(self.op(self.norm(x)), keep_op)
+        return x + _scaled(self.mlp(self.norm2(x)), keep_mlp)
+
+
+def _scaled(x: Tensor, factor: Tensor | None) -> Tensor:
+    return x if factor is None else x * factor
 
 
 def _patch_embed(width: int) -> nn.Sequential:

@@ -334,16 +334,19 @@ def test_a_step_never_waits_for_the_gpu(precision, is_whole, is_recorded):
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-@pytest.mark.parametrize("accumulation", [1, 2])
-@pytest.mark.parametrize("precision", ["float32", "bf16"])
-def test_recorded_steps_do_what_launched_ones_do(precision, accumulation):
+@pytest.mark.parametrize(
+    ("precision", "accumulation", "recompute"),
+    [("float32", 1, False), ("float32", 2, False), ("float32", 1, True), ("bf16", 2, True)],
+)
+def test_recorded_steps_do_what_launched_ones_do(precision, accumulation, recompute):
     """Random parts, running statistics, a bad step and one of another size included.
 
     The rate is small: Adam turns the rounding of a gradient near zero into a whole step.
     """
     config = config_with(
         f"train.precision={precision}", f"train.accumulation={accumulation}",
-        "train.max_bad_steps=1", "train.crop=[64,64]", "train.lr=1e-6",
+        f"model.recompute={recompute}", "train.max_bad_steps=1", "train.crop=[64,64]",
+        "train.lr=1e-6",
     )  # fmt: skip
     device = torch.device("cuda", 0)
     batches = []

@@ -12,14 +12,12 @@ def test_results_come_in_order():
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-def test_recorded_branches_give_the_same_results_and_gradients():
+@torch.no_grad()
+def test_recorded_branches_give_the_same_results():
     """Branches in branches; memory freed in one is not written to by another meanwhile."""
     generator = torch.Generator(device="cuda").manual_seed(0)
-    weights = [
-        torch.randn(256, 256, device="cuda", generator=generator).div_(16).requires_grad_()
-        for _ in range(4)
-    ]
-    given = torch.randn(64, 256, device="cuda", generator=generator, requires_grad=True)
+    weights = torch.randn(4, 256, 256, device="cuda", generator=generator) / 16
+    given = torch.randn(64, 256, device="cuda", generator=generator)
 
     def grow(x, weight):
         for _ in range(20):
@@ -31,16 +29,13 @@ def test_recorded_branches_give_the_same_results_and_gradients():
 
     def run():
         pair = in_parallel((both, given, *weights[:2]), (both, given.cos(), *weights[2:]))
-        y = pair[0] * pair[1]
-        return [y, *torch.autograd.grad(y.square().sum(), [given, *weights])]
+        return pair[0] * pair[1]
 
-    expected = [x.clone() for x in run()]
+    expected = run()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         found = run()
     for _ in range(5):
-        for x in found:
-            x.detach().zero_()
+        found.zero_()
         graph.replay()
-        for ours, goal in zip(found, expected, strict=True):
-            torch.testing.assert_close(ours, goal, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
