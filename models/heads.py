@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from models.layers import BatchNorm2d, LayerNorm2d, Linear2d, Recomputed, resize
+from models.layers import BatchNorm2d, LayerNorm2d, Linear2d, Recomputed, ReplicateConv2d, resize
 from models.ops.sobel import sobel
 from models.ss2d import SS2D
 
@@ -48,7 +48,7 @@ class FusionHead(nn.Module):
         self.rgb_embed = nn.ModuleList(_stage_embedding(width, hidden) for width in widths)
         self.thermal_embed = nn.ModuleList(_stage_embedding(width, hidden) for width in widths)
         self.fuse = nn.Sequential(
-            nn.Conv2d(2 * len(widths) * hidden + 6, hidden, 3, padding=1, bias=False),
+            ReplicateConv2d(2 * len(widths) * hidden + 6, hidden, bias=False),
             BatchNorm2d(hidden),
             nn.ReLU(),
         )
@@ -78,9 +78,7 @@ class GradientResidualBlock(Recomputed):
 
     def __init__(self, channels: int) -> None:
         super().__init__()
-        self.dense = nn.ModuleList(
-            nn.Conv2d(count * channels, channels, 3, padding=1) for count in (1, 2)
-        )
+        self.dense = nn.ModuleList(ReplicateConv2d(count * channels, channels) for count in (1, 2))
         self.project = nn.Conv2d(3 * channels, channels, 1)
         self.gradient = nn.Conv2d(channels, channels, 1)
 

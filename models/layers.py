@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from models.ops.channel_norm import channel_norm
+from models.ops.padding import replicate_pad
 
 
 class Recomputed(nn.Module):
@@ -59,6 +60,16 @@ class BatchNorm2d(nn.BatchNorm2d):
                 x, self.running_mean, self.running_var, self.weight, self.bias, eps=self.eps
             )
         return super().forward(x)
+
+
+class ReplicateConv2d(nn.Conv2d):
+    """A 3x3 convolution of the map with its border repeated: no dark frame, as zeros would draw."""
+
+    def __init__(self, in_channels: int, out_channels: int, *, bias: bool = True) -> None:
+        super().__init__(in_channels, out_channels, 3, bias=bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(replicate_pad(x, 1, 1, 1, 1))
 
 
 class ChannelScale(nn.Module):
@@ -117,7 +128,7 @@ def shuffle_channels(x: Tensor, groups: int) -> Tensor:
 def pad_to_multiple(x: Tensor, multiple_h: int, multiple_w: int) -> Tensor:
     """Replicate the last row and column until H and W are multiples; the caller crops later."""
     height, width = x.shape[-2:]
-    return F.pad(x, (0, -width % multiple_w, 0, -height % multiple_h), mode="replicate")
+    return replicate_pad(x, 0, -width % multiple_w, 0, -height % multiple_h)
 
 
 def resize(x: Tensor, hw: tuple[int, int]) -> Tensor:

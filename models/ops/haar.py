@@ -7,8 +7,9 @@ HL the other way round.
 """
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
+
+from models.ops.padding import replicate_pad
 
 
 def haar_dwt2(x: Tensor, levels: int = 2) -> tuple[Tensor, list[Tensor]]:
@@ -27,7 +28,7 @@ def haar_dwt2(x: Tensor, levels: int = 2) -> tuple[Tensor, list[Tensor]]:
     highs = []
     for _ in range(levels):
         height, width = x.shape[-2:]
-        x = F.pad(x, (0, width % 2, 0, height % 2), mode="replicate")
+        x = replicate_pad(x, 0, width % 2, 0, height % 2)
         upper, lower = (0.5 * x).unflatten(2, (-1, 2)).unbind(3)  # rows of the 2x2 blocks
         rows = torch.stack([upper + lower, upper - lower], dim=2)  # (B, C, 2, H/2, W)
         left, right = rows.unflatten(4, (-1, 2)).unbind(5)

@@ -1,7 +1,8 @@
 """Fixed Sobel gradients, shared by the loss and the fusion head; never trained."""
 
-import torch.nn.functional as F
 from torch import Tensor
+
+from models.ops.padding import replicate_pad
 
 
 def sobel(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -10,7 +11,7 @@ def sobel(x: Tensor) -> tuple[Tensor, Tensor]:
     x: (B, C, H, W) -> two maps of the same shape, each channel on its own. A horizontal ramp of
     slope 1 gives 8 in the first map.
     """
-    padded = F.pad(x, (1, 1, 1, 1), mode="replicate")
+    padded = replicate_pad(x, 1, 1, 1, 1)
     across = padded[..., 2:] - padded[..., :-2]
     along = padded[..., 2:, :] - padded[..., :-2, :]
     gradient_x = across[..., :-2, :] + 2 * across[..., 1:-1, :] + across[..., 2:, :]

@@ -31,6 +31,16 @@ def test_fusion_head_stays_in_range(hw):
     assert fused.max() <= 1
 
 
+def test_fusion_head_draws_no_frame():
+    """Even maps and images give an even fused image, up to its outermost pixels."""
+    torch.manual_seed(0)
+    head = FusionHead(WIDTHS, hidden=4).eval()
+    maps = [x[..., :1, :1].expand_as(x) for x in stage_maps((64, 96))]
+    rgb, thermal = torch.rand(2, 2, 3, 1, 1).expand(-1, -1, -1, 64, 96)
+    fused = head(maps, maps, rgb, thermal)
+    torch.testing.assert_close(fused, fused[..., 30:31, 30:31].expand_as(fused))
+
+
 def test_fusion_head_is_not_stretched_per_image():
     """Defect 6: evaluation stretched by its own extremes, so one pixel moved them all."""
     torch.manual_seed(0)
