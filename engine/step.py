@@ -1,6 +1,7 @@
 """One training step: forward, backward, and an update that bad numbers turn into none."""
 
 import functools
+import logging
 from contextlib import AbstractContextManager, nullcontext
 from typing import NamedTuple, Protocol
 
@@ -13,6 +14,8 @@ from engine.graphs import GraphedGradient
 from engine.losses import Batch, PixelCounts, count_pixels, joint_loss
 from engine.state import TrainingState
 from utils.distributed import gather_objects, largest, reduce_sum, world_size
+
+log = logging.getLogger(__name__)
 
 _AUTOCAST_DTYPES = {"float32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -108,14 +111,17 @@ def summarize(steps: list[StepResult]) -> Summary:
 
 
 def record_steps(state: TrainingState, config: Config) -> None:
-    """Let train_step replay its forward and backward as a CUDA graph where that is possible.
+    """Let train_step replay its forward and backward as a CUDA graph, if train.cuda_graph asks.
 
-    That is with one process on a GPU: others launch kernel by kernel.
+    With several processes, and on a CPU, kernels are launched one by one all the same.
     """
-    is_cuda = state.parameters[0].is_cuda
-    if is_cuda and world_size() == 1 and config.train.cuda_graph:
+    if not config.train.cuda_graph:
+        return
+    if state.parameters[0].is_cuda and world_size() == 1:
         compute = functools.partial(_add_gradient, state, config)
         state.graph = GraphedGradient(compute, state.parameters)
+    else:
+        log.warning("train.cuda_graph has no effect: it is for one process on a GPU")
 
 
 def _add_gradient(

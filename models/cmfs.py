@@ -6,7 +6,6 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from models.branches import in_parallel
 from models.fsc import FrequencySpatialCollaboration
 from models.heads import FusionHead, SegmentationHead
 from models.layers import Recomputed
@@ -106,37 +105,32 @@ class CMFS(nn.Module):
     def forward(self, rgb: Tensor, thermal: Tensor) -> CMFSOutput:
         _check_images(rgb, thermal)
         thermal = thermal.expand_as(rgb)
-        maps = self._encode(rgb, thermal)
-        (logits, balance_loss), fused = in_parallel(
-            (self._segment, *maps, rgb.shape[-2:]), (self.fusion_head, *maps, rgb, thermal)
+        rgb_maps, thermal_maps = self._encode(rgb, thermal)
+        branches = zip(self.semantic, rgb_maps, thermal_maps, strict=True)
+        semantic_maps, losses = zip(*(b(r, t) for b, r, t in branches), strict=True)
+        return CMFSOutput(
+            logits=self.segmentation_head(semantic_maps, rgb.shape[-2:]),
+            fused=self.fusion_head(rgb_maps, thermal_maps, rgb, thermal),
+            balance_loss=torch.stack(losses).mean(),
         )
-        return CMFSOutput(logits, fused, balance_loss)
 
     def _encode(self, rgb: Tensor, thermal: Tensor) -> tuple[list[Tensor], list[Tensor]]:
         """F'' of the four stages for both modalities; F' goes on to the next stage."""
         rgb_maps, thermal_maps = [], []
-        encoders = (self.rgb_encoder, self.thermal_encoder)
-        maps = (rgb, thermal)
+        x_rgb, x_thermal = self.rgb_encoder.embed(rgb), self.thermal_encoder.embed(thermal)
         for stage, mia in enumerate(self.mia):
-            steps = zip(encoders, maps, strict=True)
-            maps = in_parallel(*((encoder.advance, stage, x) for encoder, x in steps))
-            maps = mia(*maps, self.text_prior)
-            x_rgb, x_thermal = maps
-            if stage < len(self.rgb_fsc):
-                rgb_fsc, thermal_fsc = self.rgb_fsc[stage], self.thermal_fsc[stage]
-                refined = in_parallel((rgb_fsc, x_rgb), (thermal_fsc, x_thermal))
-                x_rgb, x_thermal = x_rgb + refined[0], x_thermal + refined[1]
-            rgb_maps.append(x_rgb)
-            thermal_maps.append(x_thermal)
+            if stage > 0:
+                x_rgb = self.rgb_encoder.downsample(stage - 1, x_rgb)
+                x_thermal = self.thermal_encoder.downsample(stage - 1, x_thermal)
+            x_rgb = self.rgb_encoder.run_stage(stage, x_rgb)
+            x_thermal = self.thermal_encoder.run_stage(stage, x_thermal)
+            x_rgb, x_thermal = mia(x_rgb, x_thermal, self.text_prior)
+            has_fsc = stage < len(self.rgb_fsc)
+            rgb_maps.append(x_rgb + self.rgb_fsc[stage](x_rgb) if has_fsc else x_rgb)
+            thermal_maps.append(
+                x_thermal + self.thermal_fsc[stage](x_thermal) if has_fsc else x_thermal
+            )
         return rgb_maps, thermal_maps
-
-    def _segment(
-        self, rgb_maps: list[Tensor], thermal_maps: list[Tensor], image_hw: tuple[int, int]
-    ) -> tuple[Tensor, Tensor]:
-        """Logits and balance loss from F'' of all stages."""
-        branches = zip(self.semantic, rgb_maps, thermal_maps, strict=True)
-        semantic_maps, losses = zip(*in_parallel(*branches), strict=True)
-        return self.segmentation_head(semantic_maps, image_hw), torch.stack(losses).mean()
 
     def set_recompute(self, is_on: bool) -> None:
         """Keep only the maps between parts in training, and compute what lies inside them twice.

@@ -4,7 +4,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from models.branches import in_parallel
 from models.layers import ChannelScale, LayerNorm2d, Recomputed, SqueezeGate, pad_to_multiple
 from models.ops.haar import haar_dwt2, haar_idwt2
 from models.ss2d import SS2D
@@ -23,7 +22,7 @@ class FrequencySpatialCollaboration(Recomputed):
         self.fourier = FourierBranch(channels)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.fourier(*in_parallel((self.spatial, x), (self.wavelet, x)))
+        return self.fourier(self.spatial(x), self.wavelet(x))
 
 
 class WaveletBranch(nn.Module):

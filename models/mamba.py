@@ -5,7 +5,6 @@ import math
 import torch
 from torch import Tensor, nn
 
-from models.branches import in_parallel
 from models.ops.mamba_path import conv_silu, gate
 from models.ops.selective_scan import selective_scan
 from models.ss2d import initial_A_log, initial_dt_bias
@@ -49,8 +48,7 @@ class BidirectionalMamba(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x, z = self.in_proj(x).chunk(2, dim=1)
-        forward, backward = in_parallel((self.forward_scan, x), (self.backward_scan, x, True))
-        return self.out_proj(gate(forward, backward, z))
+        return self.out_proj(gate(self.forward_scan(x), self.backward_scan(x, flip=True), z))
 
 
 class CausalScan(nn.Module):
@@ -72,7 +70,7 @@ class CausalScan(nn.Module):
         with torch.no_grad():
             self.dt_proj.bias.copy_(initial_dt_bias(inner))
 
-    def forward(self, x: Tensor, flip: bool = False) -> Tensor:
+    def forward(self, x: Tensor, *, flip: bool = False) -> Tensor:
         x = conv_silu(x, self.conv1d.weight[:, 0], self.conv1d.bias, flip=flip)
         dt_low, B, C = self.x_proj(x).split(self.splits, dim=1)
         return selective_scan(

@@ -3,7 +3,6 @@
 import torch
 from torch import Tensor, nn
 
-from models.branches import in_parallel
 from models.layers import LayerNorm2d, Recomputed, pad_to_multiple, shuffle_channels
 from models.mamba import BidirectionalMamba
 from models.text_prior import TextPrior
@@ -49,16 +48,9 @@ class ModalInteractionAlignment(Recomputed):
         self.interaction = RegionModalInteraction(channels, regions_per_side=regions_per_side)
 
     def forward(self, rgb: Tensor, thermal: Tensor, text_prior: TextPrior) -> tuple[Tensor, Tensor]:
-        rgb, thermal, gate = in_parallel(
-            (self.rgb_shuffle, rgb),
-            (self.thermal_shuffle, thermal),
-            (self._gate, rgb, thermal, text_prior),
-        )
-        return self.interaction(rgb, thermal, gate)
-
-    def _gate(self, rgb: Tensor, thermal: Tensor, text_prior: TextPrior) -> Tensor:
-        """(B, 1, P, P) in (0, 1)."""
-        return self.text_gate(self.context(torch.cat([rgb, thermal], dim=1)), text_prior)
+        context = self.context(torch.cat([rgb, thermal], dim=1))
+        gate = self.text_gate(context, text_prior)  # (B, 1, P, P)
+        return self.interaction(self.rgb_shuffle(rgb), self.thermal_shuffle(thermal), gate)
 
 
 class ShuffleMambaBlock(nn.Module):
@@ -136,19 +128,11 @@ class RegionModalInteraction(nn.Module):
         )
 
     def forward(self, rgb: Tensor, thermal: Tensor, gate: Tensor) -> tuple[Tensor, Tensor]:
-        weight, for_rgb, for_thermal = in_parallel(
-            (self._weigh, rgb, thermal),
-            (self._attend, self.rgb_attention, rgb),
-            (self._attend, self.thermal_attention, thermal),
-        )
+        weight = self.exchange_weight(torch.cat([rgb, thermal], dim=1))
         gate = self._spread(gate, rgb)
-        to_rgb = for_rgb * thermal * weight * gate
-        to_thermal = for_thermal * rgb * (1 - weight) * gate
+        to_rgb = self._attend(self.rgb_attention, rgb) * thermal * weight * gate
+        to_thermal = self._attend(self.thermal_attention, thermal) * rgb * (1 - weight) * gate
         return rgb + to_rgb, thermal + to_thermal
-
-    def _weigh(self, rgb: Tensor, thermal: Tensor) -> Tensor:
-        """(B, C, H, W) in (0, 1): how much each position takes from the other modality."""
-        return self.exchange_weight(torch.cat([rgb, thermal], dim=1))
 
     def _attend(self, attention: nn.Module, x: Tensor) -> Tensor:
         """A modality's attention inside each region, put back to the map's own size."""

@@ -16,8 +16,8 @@ class VMambaEncoder(nn.Module):
 
     x: (B, 3, H, W) in [0, 1], H, W >= 32 -> list of 4 maps (B, C_i, ~H/2^(i+2), ~W/2^(i+2)), each
     stage's blocks' output before its downsampling (sides round up). The input is standardised here
-    by `image_mean` and `image_std`. The CMFS network advances stage by stage: between the stages
-    the modalities interact.
+    by `image_mean` and `image_std`. The CMFS network calls embed, run_stage and downsample itself,
+    because the modalities interact between them.
     """
 
     def __init__(
@@ -53,16 +53,21 @@ class VMambaEncoder(nn.Module):
         """(B, 3, H, W) in [0, 1] -> (B, C_0, ~H/4, ~W/4)."""
         return self.patch_embed((x - self.mean) / self.std)
 
-    def advance(self, stage: int, x: Tensor) -> Tensor:
-        """From the image (stage 0) or the stage before to this stage's map."""
-        x = self.embed(x) if stage == 0 else self.layers[stage - 1].downsample(x)
+    def run_stage(self, stage: int, x: Tensor) -> Tensor:
+        """The VSS blocks of one stage; shape kept."""
         return self.layers[stage].blocks(x)
 
+    def downsample(self, stage: int, x: Tensor) -> Tensor:
+        """From one stage's map to the next stage's input: half the sides, next width."""
+        return self.layers[stage].downsample(x)
+
     def forward(self, x: Tensor) -> list[Tensor]:
+        x = self.embed(x)
         maps = []
         for stage in range(len(self.layers)):
-            x = self.advance(stage, x)
+            x = self.run_stage(stage, x)
             maps.append(x)
+            x = self.downsample(stage, x)
         return maps
 
 

@@ -292,6 +292,15 @@ def test_a_full_gpu_names_what_filled_it_and_what_helps(monkeypatch):
         raise torch.cuda.OutOfMemoryError("CUDA out of memory")
 
 
+def test_recording_on_a_cpu_is_said_to_have_no_effect(caplog):
+    for asked in ("false", "true"):
+        config = config_with(f"train.cuda_graph={asked}")
+        state = state_of(config)
+        record_steps(state, config)
+        assert state.graph is None
+        assert ("train.cuda_graph has no effect" in caplog.text) == (asked == "true")
+
+
 def test_other_errors_pass_the_memory_guard():
     with pytest.raises(ZeroDivisionError), explained_out_of_memory(CONFIG, CPU.device):
         raise ZeroDivisionError
@@ -306,6 +315,7 @@ def test_a_step_never_waits_for_the_gpu(precision, is_whole, is_recorded):
     config = config_with(
         f"train.precision={precision}", "train.max_bad_steps=1", "train.ema_decay=0.9",
         "train.accumulation=2", "train.clip_grad_norm=1.0", "train.crop=[32,32]",
+        f"train.cuda_graph={is_recorded}",
     )  # fmt: skip
     device = torch.device("cuda", 0)
     devices = Devices(device, 0, 0, 1)
@@ -316,8 +326,7 @@ def test_a_step_never_waits_for_the_gpu(precision, is_whole, is_recorded):
         state.model.expert_shares = lambda: torch.zeros(1, 2, device=device)
     batch = Pairs(*(x.to(device) if isinstance(x, torch.Tensor) else x for x in batch_of(4, 32)))
     bad = batch._replace(rgb=torch.full_like(batch.rgb, torch.nan))
-    if is_recorded:
-        record_steps(state, config)
+    record_steps(state, config)
     for _ in range(3):
         train_step(state, batch, config)  # makes moments and kernels, and the recording
     assert (state.graph is not None and state.graph.keeps_gradients) == is_recorded
@@ -338,16 +347,21 @@ def test_a_step_never_waits_for_the_gpu(precision, is_whole, is_recorded):
     ("precision", "accumulation", "recompute"),
     [("float32", 1, False), ("float32", 2, False), ("float32", 1, True), ("bf16", 2, True)],
 )
-def test_recorded_steps_do_what_launched_ones_do(precision, accumulation, recompute):
+def test_recorded_steps_do_what_launched_ones_do(monkeypatch, precision, accumulation, recompute):
     """Random parts, running statistics, a bad step and one of another size included.
 
-    The rate is small: Adam turns the rounding of a gradient near zero into a whole step.
+    The rate is small, because Adam turns the rounding of a gradient near zero into a whole step;
+    then noise of 1e-4 in the images moves the gradient by 4e-4, of 1e-3 (TF32) by 4e-2.
     """
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
     config = config_with(
         f"train.precision={precision}", f"train.accumulation={accumulation}",
         f"model.recompute={recompute}", "train.max_bad_steps=1", "train.crop=[64,64]",
         "train.lr=1e-6",
     )  # fmt: skip
+    recorded_config = config.model_copy(
+        update={"train": config.train.model_copy(update={"cuda_graph": True})}
+    )
     device = torch.device("cuda", 0)
     batches = []
     for index, side in enumerate((64, 64, 64, 64, 96, 64, 64)):
@@ -363,7 +377,7 @@ def test_recorded_steps_do_what_launched_ones_do(precision, accumulation, recomp
             config, build_model(config), Devices(device, 0, 0, 1), steps_per_epoch=9
         )
         if is_recorded:
-            record_steps(state, config)
+            record_steps(state, recorded_config)
         torch.manual_seed(1)
         state.model.train()
         results = [train_step(state, batch, config) for batch in batches]
@@ -373,7 +387,7 @@ def test_recorded_steps_do_what_launched_ones_do(precision, accumulation, recomp
     (launched, *expected, drawn), (recorded, *found, drawn_again) = runs
     assert torch.equal(drawn, drawn_again)
     assert [bool(result.is_bad) for result in recorded] == [i == 5 for i in range(7)]
-    tolerance = 2e-2 if precision == "bf16" else 2e-3
+    tolerance = 0.2 if precision == "bf16" else 2e-3
     for ours, goal in zip(recorded, launched, strict=True):
         names = ("parts", "expert_shares", "gradient_norm")
         torch.testing.assert_close(
