@@ -1,32 +1,16 @@
-"""The parts around a Mamba scan: the reference, and the Triton kernels against it.
-
-On a machine without a GPU the kernels' own code runs in Triton's interpreter, in a process of its
-own because the interpreter is chosen when triton is imported.
-"""
-
-import importlib.util
-import os
-import subprocess
-import sys
+"""The parts around a Mamba scan: the reference, and the Triton kernels against it."""
 
 import pytest
 import torch
 
 from models.ops.mamba_path import conv_silu, gate
-
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-HAS_TRITON = importlib.util.find_spec("triton") is not None
-
-with_triton = pytest.mark.skipif(not HAS_TRITON, reason="triton is not installed here")
-interpreted = pytest.mark.skipif(
-    not INTERPRETED, reason="runs in the process that test_kernels_in_the_interpreter starts"
+from tests.ops.interpreter import (
+    INTERPRETED,
+    interpreted,
+    on_gpu,
+    run_interpreted,
+    with_triton,
 )
-on_gpu = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(
-        INTERPRETED or not (HAS_TRITON and torch.cuda.is_available()), reason="needs a CUDA device"
-    ),
-]
 
 # ||out - truth|| / ||truth||: float32 arithmetic; outputs rounded to 8 and 11 bits.
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 2e-3}
@@ -120,16 +104,7 @@ def test_triton_refuses_cpu_tensors():
 @with_triton
 @pytest.mark.skipif(INTERPRETED, reason="starts the interpreter")
 def test_kernels_in_the_interpreter():
-    """All interpreted tests of this file, in a process where triton is its interpreter."""
-    environment = dict(os.environ, TRITON_INTERPRET="1", OMP_NUM_THREADS="1")
-    environment["CUDA_VISIBLE_DEVICES"] = ""
-    options = ["-o", "addopts=", "--import-mode=importlib", "-k", "interpreted"]
-    command = [sys.executable, "-m", "pytest", *options, __file__]
-    result = subprocess.run(command, env=environment, capture_output=True, text=True)
-    summary = result.stdout.strip().rpartition("\n")[2]
-    assert result.returncode == 0, result.stdout[-4000:] + result.stderr[-2000:]
-    assert "passed" in summary, summary
-    assert "skipped" not in summary, summary
+    run_interpreted(__file__)
 
 
 @interpreted

@@ -1,32 +1,19 @@
-"""The Triton four-direction scan against the pixel-by-pixel reference: outputs and all gradients.
-
-On a machine without a GPU the kernels' own code runs in Triton's interpreter, in a process of its
-own because the interpreter is chosen when triton is imported.
-"""
-
-import importlib.metadata
-import importlib.util
-import os
-import subprocess
-import sys
+"""The Triton four-direction scan against the pixel-by-pixel one: outputs and all gradients."""
 
 import pytest
 import torch
 
 from models.ops.ss2d_scan import ss2d_scan
-
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-HAS_TRITON = importlib.util.find_spec("triton") is not None
-OLD_TRITON = HAS_TRITON and importlib.metadata.version("triton").startswith(("3.0", "3.1", "3.2"))
-
-pytestmark = pytest.mark.skipif(not HAS_TRITON, reason="triton is not installed here")
-interpreted = pytest.mark.skipif(
-    not INTERPRETED, reason="runs in the process that test_kernels_in_the_interpreter starts"
+from tests.ops.interpreter import (
+    INTERPRETED,
+    OLD_TRITON,
+    interpreted,
+    on_gpu,
+    run_interpreted,
+    with_triton,
 )
-on_gpu = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(INTERPRETED or not torch.cuda.is_available(), reason="needs a CUDA device"),
-]
+
+pytestmark = with_triton
 
 # ||out - truth|| / ||truth||: float32 arithmetic; outputs, dt_low, B, C rounded to 8 and 11 bits.
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 4e-3}
@@ -102,16 +89,7 @@ def extreme_inputs(sizes, device="cpu"):
 
 @pytest.mark.skipif(OLD_TRITON, reason="the interpreter of Triton < 3.3 joins wrongly")
 def test_kernels_in_the_interpreter():
-    """All interpreted tests of this file, in a process where triton is its interpreter."""
-    environment = dict(os.environ, TRITON_INTERPRET="1", OMP_NUM_THREADS="1")
-    environment["CUDA_VISIBLE_DEVICES"] = ""
-    options = ["-o", "addopts=", "--import-mode=importlib", "-k", "interpreted"]
-    command = [sys.executable, "-m", "pytest", *options, __file__]
-    result = subprocess.run(command, env=environment, capture_output=True, text=True)
-    summary = result.stdout.strip().rpartition("\n")[2]
-    assert result.returncode == 0, result.stdout[-4000:] + result.stderr[-2000:]
-    assert "passed" in summary, summary
-    assert "skipped" not in summary, summary
+    run_interpreted(__file__)
 
 
 @interpreted

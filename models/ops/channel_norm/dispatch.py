@@ -1,12 +1,10 @@
 """Hands a normalisation over channels to a backend."""
 
-import functools
-import importlib.util
-
 import torch
 from torch import Tensor
 
 from models.ops.channel_norm.reference import channel_norm_reference
+from models.ops.triton_support import has_triton
 
 
 def channel_norm(
@@ -38,10 +36,3 @@ def channel_norm(
 
         return channel_norm_triton(x, weight, bias, eps)
     raise ValueError(f"unknown channel_norm backend '{backend}'; known: auto, reference, triton")
-
-
-@torch.compiler.assume_constant_result
-@functools.cache
-def has_triton() -> bool:
-    """Whether the package triton is installed."""
-    return importlib.util.find_spec("triton") is not None

@@ -4,8 +4,6 @@ PyTorch's own wants channels last: the map would be copied there, and what follo
 take it so or copy it back. Deterministic: no atomics.
 """
 
-import contextlib
-import os
 from typing import NamedTuple
 
 import torch
@@ -13,10 +11,10 @@ import triton
 from torch import Tensor
 
 from models.ops.channel_norm.kernels import _norm_gradient_kernel, _norm_kernel
+from models.ops.triton_support import INTERPRETED, check_tensor, on_device
 
-_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-_ELEMENTS = 64 if _INTERPRETED else 4096  # of a tile, where the channels leave the choice
-_PROGRAMS = 4 if _INTERPRETED else 528  # of the gradient, each with tiles of its own
+_ELEMENTS = 64 if INTERPRETED else 4096  # of a tile, where the channels leave the choice
+_PROGRAMS = 4 if INTERPRETED else 528  # of the gradient, each with tiles of its own
 
 
 def channel_norm_triton(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
@@ -25,10 +23,7 @@ def channel_norm_triton(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> 
     Raises:
         RuntimeError: tensors that are not on a GPU, or float64 x.
     """
-    if not (x.is_cuda or _INTERPRETED):
-        raise RuntimeError(f"channel_norm backend 'triton' needs GPU tensors, got {x.device}")
-    if x.dtype == torch.float64:
-        raise RuntimeError("channel_norm backend 'triton' computes in float32; use 'reference'")
+    check_tensor("channel_norm backend 'triton'", x, for_float64="reference")
     is_wide = torch.is_autocast_enabled(x.device.type)
     return _forward(x, weight, bias, eps, torch.float32 if is_wide else x.dtype)[0]
 
@@ -43,7 +38,7 @@ def _forward(
     mean, rstd = (x.new_empty(x.shape[0], _pixels(x), dtype=torch.float32) for _ in range(2))
     if x.numel():
         cut = _cut(x)
-        with _device(x):
+        with on_device(x):
             _norm_kernel[(triton.cdiv(_pixels(x), cut.pixels), x.shape[0])](
                 x,
                 weight,
@@ -81,7 +76,7 @@ def _backward(
     programs = triton.cdiv(blocks, rounds)
     parts = x.new_empty((batch * programs, 2, channels), dtype=torch.float32)
     if x.numel():
-        with _device(x):
+        with on_device(x):
             _norm_gradient_kernel[(programs, batch)](
                 grad_y,
                 x,
@@ -129,15 +124,10 @@ class _Cut(NamedTuple):
 
 def _cut(x: Tensor) -> _Cut:
     channels = max(2, triton.next_power_of_2(x.shape[1]))
-    pixels = max(4 if _INTERPRETED else 8, min(64, _ELEMENTS // channels))
+    pixels = max(4 if INTERPRETED else 8, min(64, _ELEMENTS // channels))
     warps = min(16, max(4, channels * pixels // 1024))  # 32 values a thread
     return _Cut(channels, pixels, warps)
 
 
 def _pixels(x: Tensor) -> int:
     return x.shape[2] * x.shape[3]
-
-
-def _device(x: Tensor) -> contextlib.AbstractContextManager:
-    """Triton launches on the current device: make it x's."""
-    return torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext()

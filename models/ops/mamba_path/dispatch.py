@@ -1,12 +1,10 @@
 """Checks the arguments of the parts around a Mamba scan and hands them to a backend."""
 
-import functools
-import importlib.util
-
 import torch
 from torch import Tensor
 
 from models.ops.mamba_path.reference import conv_silu_reference, gate_reference
+from models.ops.triton_support import has_triton
 
 
 def conv_silu(
@@ -54,13 +52,7 @@ def gate(y: Tensor, flipped: Tensor | None, z: Tensor, *, backend: str = "auto")
 
 def _backend(name: str, x: Tensor) -> str:
     if name == "auto":
-        return "triton" if x.is_cuda and x.dtype != torch.float64 and _has_triton() else "reference"
+        return "triton" if x.is_cuda and x.dtype != torch.float64 and has_triton() else "reference"
     if name not in ("reference", "triton"):
         raise ValueError(f"unknown backend '{name}'; known: auto, reference, triton")
     return name
-
-
-@torch.compiler.assume_constant_result
-@functools.cache
-def _has_triton() -> bool:
-    return importlib.util.find_spec("triton") is not None

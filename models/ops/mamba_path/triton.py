@@ -4,8 +4,6 @@ A backward pass over the sequence needs no flipped copies: its convolution reads
 the gate its result. Deterministic: no atomics.
 """
 
-import contextlib
-import os
 from typing import NamedTuple
 
 import torch
@@ -18,8 +16,7 @@ from models.ops.mamba_path.kernels import (
     _gate_gradient_kernel,
     _gate_kernel,
 )
-
-_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+from models.ops.triton_support import INTERPRETED, check_tensor, contiguous, on_device
 
 
 class _Tile(NamedTuple):
@@ -27,7 +24,7 @@ class _Tile(NamedTuple):
     tokens: int
 
 
-_TILE = _Tile(2, 16) if _INTERPRETED else _Tile(4, 512)
+_TILE = _Tile(2, 16) if INTERPRETED else _Tile(4, 512)
 
 
 def conv_silu_triton(x: Tensor, weight: Tensor, bias: Tensor, flip: bool) -> Tensor:
@@ -36,21 +33,14 @@ def conv_silu_triton(x: Tensor, weight: Tensor, bias: Tensor, flip: bool) -> Ten
     Raises:
         RuntimeError: tensors that are not on a GPU, or float64 x.
     """
-    _check(x)
+    check_tensor("mamba_path backend 'triton'", x, for_float64="reference")
     return _conv(x, weight, bias, flip)
 
 
 def gate_triton(y: Tensor, flipped: Tensor | None, z: Tensor) -> Tensor:
     """The same function as gate_reference; RuntimeError as conv_silu_triton."""
-    _check(z)
+    check_tensor("mamba_path backend 'triton'", z, for_float64="reference")
     return _gate(y, flipped, z)
-
-
-def _check(x: Tensor) -> None:
-    if not (x.is_cuda or _INTERPRETED):
-        raise RuntimeError(f"mamba_path backend 'triton' needs GPU tensors, got {x.device}")
-    if x.dtype == torch.float64:
-        raise RuntimeError("mamba_path backend 'triton' computes in float32; use 'reference'")
 
 
 @torch.library.custom_op("cmfs::conv_silu", mutates_args=())
@@ -59,7 +49,7 @@ def _conv(x: Tensor, weight: Tensor, bias: Tensor, flip: bool) -> Tensor:
     weight, bias = weight.contiguous(), bias.contiguous()
     y = x.new_empty(x.shape)
     if x.numel():
-        with _device(x):
+        with on_device(x):
             _conv_kernel[_grid(x)](
                 x,
                 weight,
@@ -93,7 +83,7 @@ def _conv_backward(
     width = weight.shape[1]
     parts = x.new_empty((batch, x.shape[1], blocks, width + 1), dtype=torch.float32)
     if x.numel():
-        with _device(x):
+        with on_device(x):
             _conv_gradient_kernel[grid](
                 grad_y,
                 x,
@@ -125,10 +115,10 @@ def _(grad_y, x, weight, bias, flip):
 
 @torch.library.custom_op("cmfs::mamba_gate", mutates_args=())
 def _gate(y: Tensor, flipped: Tensor | None, z: Tensor) -> Tensor:
-    y, flipped, (z, stride) = _contiguous(y), _contiguous(flipped), _with_rows(z)
+    y, flipped, (z, stride) = contiguous(y), contiguous(flipped), _with_rows(z)
     out = y.new_empty(y.shape, dtype=torch.promote_types(y.dtype, z.dtype))
     if y.numel():
-        with _device(y):
+        with on_device(y):
             _gate_kernel[_grid(y)](y, flipped, z, out, y.shape[2], y.shape[1], stride, *_TILE)
     return out
 
@@ -143,12 +133,12 @@ def _gate_backward(
     grad_out: Tensor, y: Tensor, flipped: Tensor | None, z: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of y, flipped (an unused vector if that is absent) and z."""
-    grad_out, y, flipped = grad_out.contiguous(), _contiguous(y), _contiguous(flipped)
+    grad_out, y, flipped = grad_out.contiguous(), contiguous(y), contiguous(flipped)
     z, stride = _with_rows(z)
     grad_y, grad_z = y.new_empty(y.shape), z.new_empty(z.shape)
     grad_flipped = y.new_empty(0) if flipped is None else flipped.new_empty(y.shape)
     if y.numel():
-        with _device(y):
+        with on_device(y):
             _gate_gradient_kernel[_grid(y)](
                 grad_out,
                 y,
@@ -204,12 +194,3 @@ def _with_rows(x: Tensor) -> tuple[Tensor, int]:
     if x.stride()[1:] != (x.shape[2], 1):
         x = x.contiguous()
     return x, x.stride(0)
-
-
-def _contiguous(x: Tensor | None) -> Tensor | None:
-    return None if x is None else x.contiguous()
-
-
-def _device(x: Tensor) -> contextlib.AbstractContextManager:
-    """Triton launches on the current device: make it x's."""
-    return torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext()

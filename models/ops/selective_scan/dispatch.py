@@ -1,7 +1,6 @@
 """Checks the arguments of the selective scan and hands them to a backend."""
 
 import functools
-import importlib.util
 import logging
 from typing import Literal, get_args
 
@@ -12,6 +11,7 @@ from models.ops.native.library import load_library
 from models.ops.selective_scan.chunked import selective_scan_chunked
 from models.ops.selective_scan.native import selective_scan_native
 from models.ops.selective_scan.reference import selective_scan_reference
+from models.ops.triton_support import has_triton
 
 log = logging.getLogger(__name__)
 
@@ -63,10 +63,9 @@ def fastest_backend(device_type: str, is_float64: bool) -> str:
 
 @functools.cache  # so that the log says it once
 def _find_fastest(device_type: str, is_float64: bool) -> str:
-    has_triton = device_type == "cuda" and importlib.util.find_spec("triton") is not None
     if is_float64:
         backend = "chunked"  # the only fast one with a state of float64
-    elif has_triton:
+    elif device_type == "cuda" and has_triton():
         backend = "triton"
     elif device_type == "cpu" and load_library() is not None:
         backend = "native"

@@ -5,8 +5,6 @@ then the outputs; with enough channels one kernel that walks along each row. Sav
 are the arguments and one state per chunk; states inside are computed again. Deterministic.
 """
 
-import contextlib
-import os
 from typing import NamedTuple
 
 import torch
@@ -20,8 +18,7 @@ from models.ops.selective_scan.kernels import (
     _gradient_kernel,
     _output_kernel,
 )
-
-_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+from models.ops.triton_support import INTERPRETED, check_tensor, contiguous, on_device
 
 
 class _Shape(NamedTuple):
@@ -74,7 +71,7 @@ _INTERPRETER = _Tuning(
     stream_single_programs=4,
     gradient_programs=8,
 )
-_tuning = _INTERPRETER if _INTERPRETED else _GPU
+_tuning = _INTERPRETER if INTERPRETED else _GPU
 
 
 def selective_scan_triton(
@@ -92,10 +89,7 @@ def selective_scan_triton(
     Raises:
         RuntimeError: tensors that are not on a GPU, or float64 u.
     """
-    if not (u.is_cuda or _INTERPRETED):
-        raise RuntimeError(f"scan backend 'triton' needs GPU tensors, got {u.device}")
-    if u.dtype == torch.float64:
-        raise RuntimeError("scan backend 'triton' has a float32 state; use 'chunked' for float64")
+    check_tensor("scan backend 'triton'", u, for_float64="chunked")
     return _forward(u, delta, A, B, C, D, delta_bias, delta_softplus)[0]
 
 
@@ -111,7 +105,7 @@ def _forward(
     delta_softplus: bool,
 ) -> tuple[Tensor, Tensor]:
     """y (batch, D, L) and the states at the borders of chunks (batch, max(chunks - 1, 1), D, N)."""
-    u, delta, A, B, C, D, delta_bias = map(_contiguous, (u, delta, A, B, C, D, delta_bias))
+    u, delta, A, B, C, D, delta_bias = map(contiguous, (u, delta, A, B, C, D, delta_bias))
     sizes = _sizes(u, A, B)
     y = torch.empty_like(u)
     states = _empty_states(u, sizes)
@@ -123,7 +117,7 @@ def _forward(
     blocks = triton.cdiv(sizes.channels // sizes.groups, shape.rows)
     programs = blocks * sizes.groups * sizes.batch
     stream = programs >= enough
-    with _device(u):
+    with on_device(u):
         if not stream:
             _enter_chunks(sizes, delta, delta_bias, u, B, A, states, delta_softplus, reverse=False)
             shape = _tuning.output
@@ -174,7 +168,7 @@ def _backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of u, delta, A, B, C, D and delta_bias; of absent ones an unused vector."""
     arguments = (grad_y, u, delta, A, B, C, D, delta_bias)
-    grad_y, u, delta, A, B, C, D, delta_bias = map(_contiguous, arguments)
+    grad_y, u, delta, A, B, C, D, delta_bias = map(contiguous, arguments)
     sizes = _sizes(u, A, B)
     grad_u, grad_delta = torch.empty_like(u), torch.empty_like(delta)
     shape = _tuning.gradient
@@ -186,7 +180,7 @@ def _backward(
         (sizes.batch, sizes.chunks, sizes.channels, sizes.states + 2), dtype=torch.float32
     )
     if u.numel() > 0:
-        with _device(u):
+        with on_device(u):
             gradients = torch.empty_like(states)
             _enter_chunks(
                 sizes, delta, delta_bias, grad_y, C, A, gradients, delta_softplus, reverse=True
@@ -327,7 +321,7 @@ def _carry(
     channels, state_count = A.shape[-2:]
     sequences = ends.numel() // (chunks * channels * state_count)
     sets = A.numel() // (channels * state_count)
-    width, depth = (32, 4) if _INTERPRETED else (64, 16)
+    width, depth = (32, 4) if INTERPRETED else (64, 16)
     _carry_kernel[(triton.cdiv(channels * state_count, width), sequences)](
         ends,
         spans,
@@ -342,12 +336,3 @@ def _carry(
         DEPTH=depth,
         num_warps=2,
     )
-
-
-def _contiguous(x: Tensor | None) -> Tensor | None:
-    return None if x is None else x.contiguous()
-
-
-def _device(x: Tensor) -> contextlib.AbstractContextManager:
-    """Triton launches on the current device: make it x's."""
-    return torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext()

@@ -8,14 +8,13 @@ Deterministic: no atomics.
 """
 
 import math
-import os
 from typing import NamedTuple
 
 import torch
 import triton
 from torch import Tensor
 
-from models.ops.selective_scan.triton import _carry, _device, _Shape
+from models.ops.selective_scan.triton import _carry, _Shape
 from models.ops.ss2d_scan.kernels import (
     _from_orders_kernel,
     _long_product_kernel,
@@ -25,8 +24,7 @@ from models.ops.ss2d_scan.kernels import (
     _to_orders_kernel,
 )
 from models.ops.ss2d_scan.orders import scan_orders
-
-_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+from models.ops.triton_support import INTERPRETED, check_tensor, contiguous, on_device
 
 
 class _Product(NamedTuple):
@@ -69,7 +67,7 @@ _INTERPRETER = _Tuning(
     reorder=(2, 16),
     product=_Product(16, 16, 16, 8),
 )
-_tuning = _INTERPRETER if _INTERPRETED else _GPU
+_tuning = _INTERPRETER if INTERPRETED else _GPU
 
 
 def ss2d_scan_triton(
@@ -87,10 +85,7 @@ def ss2d_scan_triton(
     Raises:
         RuntimeError: tensors that are not on a GPU, or float64 x.
     """
-    if not (x.is_cuda or _INTERPRETED):
-        raise RuntimeError(f"scan backend 'triton' needs GPU tensors, got {x.device}")
-    if x.dtype == torch.float64:
-        raise RuntimeError("scan backend 'triton' has a float32 state; use 'chunked' for float64")
+    check_tensor("scan backend 'triton'", x, for_float64="chunked")
     ordered = _to_orders(x, scan, window)  # (2, B, D, L)
     # (2 orders, 2 walks · (R + 2N), D) from (4 directions, ...); direction = order + 2 · walk
     weight = x_proj_weight.unflatten(0, (2, 2)).transpose(0, 1).flatten(1, 2)
@@ -114,7 +109,7 @@ def _to_orders(x: Tensor, scan: str, window: int) -> Tensor:
     out = x.new_empty(2, batch, channels, height * width)
     pixels, _ = _orders(height, width, scan, window, x.device)
     if x.numel():
-        with _device(x):
+        with on_device(x):
             _to_orders_kernel[(*_reorder_grid(out), 2)](
                 x, pixels, out, *_reorder_sizes(out), *_tuning.reorder
             )
@@ -133,7 +128,7 @@ def _from_orders(x: Tensor, height: int, width: int, scan: str, window: int) -> 
     out = x.new_empty(*x.shape[1:3], height, width)
     _, steps = _orders(height, width, scan, window, x.device)
     if out.numel():
-        with _device(x):
+        with on_device(x):
             _from_orders_kernel[_reorder_grid(x)](
                 x, steps, out, *_reorder_sizes(x), *_tuning.reorder
             )
@@ -204,7 +199,7 @@ def _(x, weight):
 @torch.library.custom_op("cmfs::project_orders_weight_gradient", mutates_args=())
 def _project_weight_gradient(gradient: Tensor, x: Tensor) -> Tensor:
     """dL/dweight (2, outputs, D) from gradient (2, B, outputs, L) and x (2, B, D, L)."""
-    gradient, x = _contiguous(gradient, x)
+    gradient, x = gradient.contiguous(), x.contiguous()
     return _long_product(gradient, x, x.shape[2]).sum(1).to(x.dtype)
 
 
@@ -230,7 +225,7 @@ def _long_product(gradient: Tensor, x: Tensor, columns: int) -> Tensor:
     if parts.numel():
         is_float = gradient.dtype == torch.float32  # half precision has no more bits than TF32
         exact = is_float and torch.get_float32_matmul_precision() == "highest"
-        with _device(gradient):
+        with on_device(gradient):
             _long_product_kernel[(tiles * column_tiles, splits, count)](
                 gradient,
                 x,
@@ -270,7 +265,7 @@ def _forward(
     x (2, B, D, L); projected (2, B, 2, R + 2N, L); weight (4, D, R), bias and D (4, D) and A
     (4, D, N) in float32.
     """
-    x, projected, weight, bias, A, D = _contiguous(x, projected, weight, bias, A, D)
+    x, projected, weight, bias, A, D = map(contiguous, (x, projected, weight, bias, A, D))
     sizes = _sizes(x, weight, A)
     y = torch.empty_like(x)
     states = _empty_states(x, sizes)
@@ -279,7 +274,7 @@ def _forward(
     shape = _tuning.output
     programs = triton.cdiv(sizes.channels, shape.rows) * 2 * sizes.batch
     stream = programs >= _tuning.stream_programs
-    with _device(x):
+    with on_device(x):
         if not stream:
             _enter_chunks(sizes, x, projected, weight, bias, A, states, gradient=False)
             programs *= sizes.chunks
@@ -318,7 +313,7 @@ def _backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of x, projected, weight, bias, A and D."""
     arguments = (grad_y, x, projected, weight, bias, A, D)
-    grad_y, x, projected, weight, bias, A, D = _contiguous(*arguments)
+    grad_y, x, projected, weight, bias, A, D = map(contiguous, arguments)
     sizes = _sizes(x, weight, A)
     rank, states_count, length = sizes.rank, sizes.states, sizes.length
     grad_x = torch.empty_like(x)
@@ -332,7 +327,7 @@ def _backward(
     rows = (4, sizes.batch, sizes.chunks, sizes.channels, states_count + 2)
     grad_rows = x.new_empty(rows, dtype=torch.float32)
     if x.numel():
-        with _device(x):
+        with on_device(x):
             gradients = torch.empty_like(states)
             _enter_chunks(sizes, grad_y, projected, weight, bias, A, gradients, gradient=True)
             kernel_sizes = sizes.of_kernels(shape.rows)
@@ -453,7 +448,3 @@ def _enter_chunks(
     )
     reversed_sets = 0b0011 if gradient else 0b1100  # directions from the last chunk to the first
     _carry(ends, spans, A, states, sizes.chunks, reversed_sets)
-
-
-def _contiguous(*tensors: Tensor) -> list[Tensor]:
-    return [t.contiguous() for t in tensors]
