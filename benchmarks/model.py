@@ -5,7 +5,7 @@
 
 Random images and weights; medians of the timed repeats after a warm-up; one table per call.
 "kept" is what a training forward leaves for the gradient; "replayed" the forward as eval.py and
-predict.py run it on a GPU, and the training step as train.py does, recorded as CUDA graphs.
+predict.py run it on a GPU, and the training step as train.cuda_graph has it, as CUDA graphs.
 """
 
 import argparse

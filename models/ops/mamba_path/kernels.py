@@ -37,6 +37,12 @@ def _take(x, rows, token, length, valid, FLIP: tl.constexpr):
 
 
 @triton.jit
+def _silu_slope(x, sigmoid):
+    """d SiLU(x)."""
+    return sigmoid * (1 + x * (1 - sigmoid))
+
+
+@triton.jit
 def _convolved(
     x, weight, bias, rows, channel, token, length, valid, WIDTH: tl.constexpr, FLIP: tl.constexpr
 ):
@@ -107,8 +113,7 @@ def _conv_gradient_kernel(
         before = _convolved(
             x, weight, bias, rows, channel, token + ahead, length, valid, WIDTH, FLIP
         )
-        sigmoid = _sigmoid(before)
-        slope = sigmoid * (1 + before * (1 - sigmoid))
+        slope = _silu_slope(before, _sigmoid(before))
         gradient = _take(grad_y, own_rows, token + ahead, length, valid, False) * slope
         w = tl.load(weight + channel * WIDTH + WIDTH - 1 - ahead, mask=valid, other=0.0)
         out += w.to(tl.float32)[:, None] * gradient
@@ -121,6 +126,17 @@ def _conv_gradient_kernel(
     if FLIP:
         at = length - 1 - token
     tl.store(grad_x + own_rows[:, None] + at[None, :], out.to(grad_x.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _gate_tile(z, z_stride, channels, length, ROWS: tl.constexpr, TOKENS: tl.constexpr):
+    """Of a program: where its rows begin, its tokens, which of both are there, and its z."""
+    channel, token, inside = _place(channels, length, ROWS, TOKENS)
+    image = tl.program_id(2).to(tl.int64)
+    valid = channel < channels
+    z_rows = image * z_stride + channel.to(tl.int64) * length
+    gate = _take(z, z_rows, token, length, valid, False)
+    return (image * channels + channel) * length, token, inside, valid, gate
 
 
 @triton.jit
@@ -144,11 +160,7 @@ def _gate_kernel(
     TOKENS: tl.constexpr,
 ):
     """out = y · SiLU(z), or the mean of both passes."""
-    channel, token, inside = _place(channels, length, ROWS, TOKENS)
-    image = tl.program_id(2).to(tl.int64)
-    valid = channel < channels
-    rows = (image * channels + channel) * length
-    gate = _take(z, image * z_stride + channel.to(tl.int64) * length, token, length, valid, False)
+    rows, token, inside, valid, gate = _gate_tile(z, z_stride, channels, length, ROWS, TOKENS)
     value = _mean(y, flipped, rows, token, length, valid) * gate * _sigmoid(gate)
     tl.store(out + rows[:, None] + token[None, :], value.to(out.dtype.element_ty), mask=inside)
 
@@ -169,15 +181,11 @@ def _gate_gradient_kernel(
     TOKENS: tl.constexpr,
 ):
     """The gradients of y, flipped (in its own order) and z."""
-    channel, token, inside = _place(channels, length, ROWS, TOKENS)
-    image = tl.program_id(2).to(tl.int64)
-    valid = channel < channels
-    rows = (image * channels + channel) * length
-    gate = _take(z, image * z_stride + channel.to(tl.int64) * length, token, length, valid, False)
+    rows, token, inside, valid, gate = _gate_tile(z, z_stride, channels, length, ROWS, TOKENS)
     gradient = _take(grad_out, rows, token, length, valid, False)
     sigmoid = _sigmoid(gate)
-    slope = sigmoid * (1 + gate * (1 - sigmoid))
-    for_z = gradient * _mean(y, flipped, rows, token, length, valid) * slope
+    value = _mean(y, flipped, rows, token, length, valid)
+    for_z = gradient * value * _silu_slope(gate, sigmoid)
     at = rows[:, None] + token[None, :]
     tl.store(grad_z + at, for_z.to(grad_z.dtype.element_ty), mask=inside)
     for_y = gradient * gate * sigmoid
