@@ -118,8 +118,8 @@ class TrainConfig(_Section):
     max_bad_steps: Annotated[int, Field(ge=0)]  # left out for a loss or gradient that is not
     # finite before the run ends
     tf32: bool  # TF32 matrix units for float32 products on GPU
-    cuda_graph: bool = False  # replay forward and backward instead of launching them kernel by
-    # kernel, on one GPU; older checkpoints do not have it
+    cuda_graph: bool = True  # replay forward and backward instead of launching them kernel by
+    # kernel, on GPUs; older checkpoints do not have it
     save_every_s: Annotated[float, Field(ge=0)]  # least age of epoch-last.pth when an epoch's
     # end replaces it
     checkpoint_start: Annotated[int, Field(ge=0)]  # epoch of the first kept checkpoint

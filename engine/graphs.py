@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from models import CMFS, CMFSOutput
+from utils.errors import InputError
 
 _EAGER_CALLS = 2  # kernels are compiled and chosen, and constants made, before a graph is recorded
 
@@ -82,6 +83,8 @@ class GraphedGradient:
         compute: takes and returns nested tuples and dicts of tensors on a GPU (and, for arguments,
             of what it does not look at), and must not wait for the GPU. Its backward pass adds to
             the gradients of `parameters`.
+    Raises:
+        InputError: on recording, when it cannot be.
     """
 
     def __init__(self, compute: Callable[..., Any], parameters: list[nn.Parameter]) -> None:
@@ -117,8 +120,16 @@ class GraphedGradient:
         device = _tensors(arguments)[0].device
         # thread_local: a loader's thread may pin memory meanwhile
         graph = torch.cuda.graph(self._graph, capture_error_mode="thread_local")
-        with torch.cuda.device(device), graph:
-            self._result = self._compute(*self._arguments)
+        try:
+            with torch.cuda.device(device), graph:
+                self._result = self._compute(*self._arguments)
+        except torch.cuda.OutOfMemoryError:
+            raise
+        except RuntimeError as error:
+            raise InputError(
+                f"the step cannot be recorded as a CUDA graph here ({error}); "
+                f"train.cuda_graph=false launches it kernel by kernel"
+            ) from error
 
 
 def _tensors(tree: Any) -> list[Tensor]:

@@ -1,7 +1,6 @@
 """The state of a training run: built, saved, and put back exactly."""
 
 import logging
-import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -11,7 +10,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
-from torch.nn.parallel import DistributedDataParallel
 
 from configs import Config
 from engine.average import WeightAverage
@@ -50,7 +48,6 @@ class TrainingState:
     """Everything that a step changes, and the frame that it changes in."""
 
     model: CMFS
-    network: nn.Module  # the model, or its data-parallel wrapper
     optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler
     average: WeightAverage | None
@@ -127,29 +124,24 @@ def starting_point(folder: RunFolder, *, resume: bool | str) -> Path | None:
 def build_state(
     config: Config, model: CMFS, devices: Devices, *, steps_per_epoch: int
 ) -> TrainingState:
-    """Put the network on its device and give it an optimiser; GPUs that share get SyncBatchNorm.
+    """Put the network on its device and give it an optimiser; several GPUs get SyncBatchNorm.
+
+    All ranks begin with the weights of the first.
 
     Raises:
         InputError: the batch does not divide into equal parts.
     """
     check_batch(config, devices.world_size)
-    device, is_shared = devices.device, devices.world_size > 1
-    is_cuda = device.type == "cuda"
-    if is_shared and is_cuda:
+    device = devices.device
+    if devices.world_size > 1 and device.type == "cuda":
         model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
     model = model.to(device)
+    broadcast(model.state_dict().values())
     decay = config.train.ema_decay
     average = None if decay is None else WeightAverage(model, decay)
-    network: nn.Module = model
-    if is_shared:
-        # Kernels of one channel have two names for the same memory order; nothing is copied.
-        warnings.filterwarnings("ignore", message="Grad strides do not match bucket view strides")
-        network = DistributedDataParallel(model, device_ids=[device.index] if is_cuda else None)
-        network.broadcast_buffers = False  # not in every forward: settle() does it
     total_steps = config.train.epochs * steps_per_epoch
     return TrainingState(
         model=model,
-        network=network,
         optimizer=build_optimizer(model, config.train),
         scaler=_build_scaler(config, device),
         average=average,

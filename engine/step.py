@@ -1,21 +1,16 @@
 """One training step: forward, backward, and an update that bad numbers turn into none."""
 
 import functools
-import logging
-from contextlib import AbstractContextManager, nullcontext
 from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 
 from configs import Config
 from engine.graphs import GraphedGradient
 from engine.losses import Batch, PixelCounts, count_pixels, joint_loss
 from engine.state import TrainingState
-from utils.distributed import gather_objects, largest, reduce_sum, world_size
-
-log = logging.getLogger(__name__)
+from utils.distributed import average, gather_objects, largest, reduce_sum, world_size
 
 _AUTOCAST_DTYPES = {"float32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -57,10 +52,8 @@ def train_step(state: TrainingState, batch: NamedBatch, config: Config) -> StepR
     add_gradient = state.graph or functools.partial(_add_gradient, state, config)
     state.optimizer.zero_grad(set_to_none=not (state.graph and state.graph.keeps_gradients))
     counts = mean_counts(batch, accumulation)
-    results = []
-    for index, part in enumerate(split_batch(batch, accumulation)):
-        with _sharing_gradients(state.network, index == accumulation - 1):
-            results.append(add_gradient(part, counts))
+    results = [add_gradient(part, counts) for part in split_batch(batch, accumulation)]
+    average([p.grad for p in state.parameters if p.grad is not None])
     is_skipped, gradient_norm = _update(state, config)
     if state.average is not None:
         state.average.update(state.model, state.step)
@@ -111,17 +104,13 @@ def summarize(steps: list[StepResult]) -> Summary:
 
 
 def record_steps(state: TrainingState, config: Config) -> None:
-    """Let train_step replay its forward and backward as a CUDA graph, if train.cuda_graph asks.
+    """On a GPU, let train_step replay its forward and backward as a CUDA graph (train.cuda_graph).
 
-    With several processes, and on a CPU, kernels are launched one by one all the same.
+    Ranks record what they exchange for batch statistics, too; the gradients' exchange follows.
     """
-    if not config.train.cuda_graph:
-        return
-    if state.parameters[0].is_cuda and world_size() == 1:
+    if config.train.cuda_graph and state.parameters[0].is_cuda:
         compute = functools.partial(_add_gradient, state, config)
         state.graph = GraphedGradient(compute, state.parameters)
-    else:
-        log.warning("train.cuda_graph has no effect: it is for one process on a GPU")
 
 
 def _add_gradient(
@@ -130,7 +119,7 @@ def _add_gradient(
     """Add this part's share of the step's gradient; its losses, and its experts' shares."""
     dtype = _AUTOCAST_DTYPES[config.train.precision]
     with torch.autocast(batch.rgb.device.type, dtype=dtype, enabled=dtype is not None):
-        output = state.network(batch.rgb, batch.thermal)
+        output = state.model(batch.rgb, batch.thermal)
     parts = joint_loss(output, batch, config.loss, counts)
     total = parts["total"] / config.train.accumulation
     total = total * torch.where(total.isfinite(), 1.0, torch.nan)
@@ -162,12 +151,6 @@ def _gradient_norm(parameters: list[nn.Parameter], largest_norm: float | None) -
         return nn.utils.clip_grad_norm_(parameters, largest_norm)
     gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
     return torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients)))
-
-
-def _sharing_gradients(network: nn.Module, is_last: bool) -> AbstractContextManager:
-    """Ranks exchange gradients once a step, after its last part."""
-    is_shared = isinstance(network, DistributedDataParallel)
-    return network.no_sync() if is_shared and not is_last else nullcontext()
 
 
 def _describe(step: StepResult) -> tuple[int, bool, str]:

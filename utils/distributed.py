@@ -103,6 +103,17 @@ def reduce_sum(tensor: Tensor) -> Tensor:
     return tensor
 
 
+def average(tensors: list[Tensor]) -> None:
+    """Give tensors of one type their means over all ranks, in place and in one exchange."""
+    if not _is_connected():
+        return
+    flat = torch.cat([tensor.flatten() for tensor in tensors]).div_(world_size())
+    parts = reduce_sum(flat).split([tensor.numel() for tensor in tensors])
+    torch._foreach_copy_(
+        tensors, [part.view_as(tensor) for tensor, part in zip(tensors, parts, strict=True)]
+    )
+
+
 def broadcast(tensors: Iterable[Tensor]) -> None:
     """Give every rank the first rank's values, in place."""
     if _is_connected():

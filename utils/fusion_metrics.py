@@ -165,8 +165,11 @@ def _matlab_grey(red: Tensor, green: Tensor, blue: Tensor) -> Tensor:
 
 
 def _exact_grey(red: Tensor, green: Tensor, blue: Tensor) -> Tensor:
-    """OpenCV's weights, not rounded; equal channels give exactly their level."""
-    return (red.int() * 299 + green.int() * 587 + blue.int() * 114) / 1000
+    """OpenCV's weights, not rounded; equal channels give exactly their level.
+
+    A GPU multiplies by 1 / 1000 instead, which in float32 moves halves off their place.
+    """
+    return (red.int() * 299 + green.int() * 587 + blue.int() * 114).double() / 1000
 
 
 PROTOCOLS = {"cddfuse": _cddfuse, "tang": _tang, "strict": _strict}

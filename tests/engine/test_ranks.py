@@ -24,7 +24,7 @@ import torch
 from torch import nn
 from configs import load_config
 from dataloader.build import build_eval_loader, build_train_loader
-from engine import step, trainer
+from engine import trainer
 from engine.state import starting_point
 from engine.trainer import fit
 from models import CMFSOutput
@@ -40,10 +40,11 @@ class Network(nn.Module):
         super().__init__()
         self.text_prior = TextPrior(torch.eye(2), source="none")
         self.conv = nn.Conv2d(6, num_classes + 3, 3, padding=1)
+        self.norm = nn.BatchNorm2d(num_classes + 3)
 
     def forward(self, rgb, thermal):
         time.sleep(0.05)
-        x = self.conv(torch.cat([rgb, thermal], dim=1))
+        x = self.norm(self.conv(torch.cat([rgb, thermal], dim=1)))
         return CMFSOutput(x[:, 3:], x[:, :3].sigmoid(), balance_loss=x.new_ones(()))
 
     def expert_shares(self):
@@ -60,11 +61,11 @@ def main():
     (scratch / f"pid{devices.rank}of{devices.world_size}").write_text(str(os.getpid()))
     while then == "goes on" and devices.world_size == 1 and not (scratch / "pid1of2").exists():
         time.sleep(0.05)  # for the other host, which may be slow to come
-    real, seen = step.joint_loss, []
+    real, seen = trainer.train_step, []
 
-    def joint_loss(*arguments):
+    def train_step(*arguments):
         seen.append(1)
-        if devices.rank == 1 and len(seen) == 3:
+        if devices.rank == 1 and len(seen) == 5:  # GPUs replay a recorded step by now
             if then == "fails":
                 atexit.register(time.sleep, 60)  # an orderly end would wait, as NCCL's may
                 raise InputError("image 7 of rank 1 is no image")
@@ -72,7 +73,7 @@ def main():
                 os.kill(os.getpid(), signal.SIGKILL)
         return real(*arguments)
 
-    step.joint_loss = joint_loss
+    trainer.train_step = train_step
     trainer.evaluate_segmentation = lambda *_, **__: {"miou": None, "class_iou": {}}
     ranks = {"rank": devices.rank, "world_size": devices.world_size}
     fit(
@@ -127,7 +128,7 @@ def launch(demo_dataset, tmp_path):
 
 
 def wait_for(path: Path, text: str, *processes: subprocess.Popen) -> None:
-    end = time.monotonic() + 60
+    end = time.monotonic() + 150  # two torchruns and their processes start on a busy machine
     while not (path.exists() and text in path.read_text()):
         assert time.monotonic() < end, f"no {text} in {path.name}"
         assert all(process.poll() is None for process in processes), processes[0].communicate()[1]

@@ -2,8 +2,10 @@
 
 import copy
 from multiprocessing import get_context
+from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
@@ -227,9 +229,9 @@ def ranks_step(rank: int, folder: str, bad_rank: int | None, queue) -> None:
     state = state_of(config, has_statistics=False, devices=devices)
     batch = Pairs(*(field[rank::2] for field in batch_of(8)))
     start = snapshot(state)["conv.weight"]
-    real, exchange = step_module.joint_loss, type(state.network).no_sync
-    alone = []
-    type(state.network).no_sync = lambda network: alone.append(1) or exchange(network)
+    real, average = step_module.joint_loss, step_module.average
+    exchanged = []
+    step_module.average = lambda tensors: exchanged.append(len(tensors)) or average(tensors)
     if rank == bad_rank:
         step_module.joint_loss = lambda *a: {k: v * torch.nan for k, v in real(*a).items()}
     steps = [train_step(state, batch, config)]
@@ -237,7 +239,7 @@ def ranks_step(rank: int, folder: str, bad_rank: int | None, queue) -> None:
     step_module.joint_loss = real
     steps.append(train_step(state, batch, config))
     summary = summarize(steps)
-    assert len(alone) == 2, "gradients are exchanged once a step"
+    assert exchanged == [2, 2], "gradients are exchanged once a step"
     gradient = state.model.conv.weight.grad.tolist()
     queue.put((rank, has_moved, summary.losses, summary.bad_steps, gradient))
     dist.destroy_process_group()
@@ -271,6 +273,91 @@ def test_two_ranks_accumulate_and_leave_out_the_same_steps(tmp_path, bad_rank):
     assert found[0][2]["total"] == pytest.approx(summarize(alone).losses["total"], rel=1e-5)
 
 
+class GPUSteps(NamedTuple):
+    """What some steps left on one of several GPUs."""
+
+    losses: dict[str, float]
+    bad_steps: list[str]
+    gradient: np.ndarray
+    statistics: np.ndarray
+
+
+def gpu_steps(rank: int, ranks: int, is_whole: bool, is_recorded: bool, store: str, queue) -> None:
+    """Six steps of one of some GPUs, the fifth with a bad image on the last GPU."""
+    torch.backends.cudnn.allow_tf32 = False
+    device = torch.device("cuda", rank)
+    torch.cuda.set_device(device)
+    dist.init_process_group("cpu:gloo,cuda:nccl", store, rank=rank, world_size=ranks)
+    config = config_with(
+        "train.batch_size=8", f"train.accumulation={1 + is_whole}", "train.crop=[64,64]",
+        f"train.cuda_graph={is_recorded}", "train.max_bad_steps=1", "train.lr=1e-6",
+    )  # fmt: skip
+    torch.manual_seed(rank)  # the first rank's weights are everybody's
+    network = build_model(config) if is_whole else Network(has_statistics=True)
+    state = build_state(config, network, Devices(device, rank, rank, ranks), steps_per_epoch=9)
+    torch.manual_seed(10 + rank)
+    state.model.train()
+    record_steps(state, config)
+    steps = []
+    for index in range(6):
+        batch = batch_of(8, 64)
+        batch = batch._replace(rgb=batch.rgb.roll(index, 1))
+        batch.rgb[-1] *= torch.nan if index == 4 else 1
+        ours = Pairs(*(field[rank::ranks] for field in batch))
+        ours = (x.to(device) if isinstance(x, torch.Tensor) else x for x in ours)
+        steps.append(train_step(state, Pairs(*ours), config))
+    assert (state.graph is not None and state.graph.keeps_gradients) == is_recorded
+    summary = summarize(steps)
+    gradient = torch.cat([p.grad.flatten() for p in state.parameters])
+    statistics = torch.cat([x.flatten().float() for x in state.statistics])
+    arrays = (x.cpu().numpy() for x in (gradient, statistics))
+    queue.put((rank, GPUSteps(summary.losses, summary.bad_steps, *arrays)))
+    dist.destroy_process_group()
+
+
+def on_gpus(ranks: int, is_whole: bool, is_recorded: bool, folder: Path) -> list[GPUSteps]:
+    """What gpu_steps leaves, by rank."""
+    context = get_context("spawn")
+    queue = context.Queue()
+    store = f"file://{folder}/{ranks}{is_whole}{is_recorded}"
+    processes = [
+        context.Process(target=gpu_steps, args=(rank, ranks, is_whole, is_recorded, store, queue))
+        for rank in range(ranks)
+    ]
+    for process in processes:
+        process.start()
+    found = dict(queue.get(timeout=300) for _ in processes)
+    for process in processes:
+        process.join(timeout=60)
+        assert process.exitcode == 0
+    return [found[rank] for rank in range(ranks)]
+
+
+def assert_same_steps(found: GPUSteps, expected: GPUSteps) -> None:
+    assert found.losses == pytest.approx(expected.losses, rel=1e-4)
+    assert [text.split(";")[0] for text in found.bad_steps] == [
+        text.split(";")[0] for text in expected.bad_steps
+    ]
+    for ours, goal in zip(found[2:], expected[2:], strict=True):
+        assert np.linalg.norm(ours - goal) < 1e-3 * np.linalg.norm(goal)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
+@pytest.mark.parametrize("is_whole", [False, True], ids=["a convolution", "CMFS"])
+def test_two_gpus_take_the_same_steps_launched_recorded_and_alone(tmp_path, is_whole):
+    """Synchronised statistics and a bad step included; CMFS alone would draw other numbers."""
+    launched, recorded = (on_gpus(2, is_whole, is_graph, tmp_path) for is_graph in (False, True))
+    for ranks in (launched, recorded):
+        assert ranks[0].losses == ranks[1].losses and ranks[0].bad_steps == ranks[1].bad_steps
+        np.testing.assert_array_equal(ranks[0].gradient, ranks[1].gradient)
+        np.testing.assert_array_equal(ranks[0].statistics, ranks[1].statistics)
+    assert "at step 5: " in launched[0].bad_steps[0]
+    assert_same_steps(recorded[0], launched[0])
+    if not is_whole:
+        assert_same_steps(recorded[0], on_gpus(1, is_whole, False, tmp_path)[0])
+
+
 def test_a_full_gpu_names_what_filled_it_and_what_helps(monkeypatch):
     config = config_with(
         "train.batch_size=8", "train.accumulation=2", "train.crop=[480,640]", "train.precision=bf16"
@@ -292,13 +379,11 @@ def test_a_full_gpu_names_what_filled_it_and_what_helps(monkeypatch):
         raise torch.cuda.OutOfMemoryError("CUDA out of memory")
 
 
-def test_recording_on_a_cpu_is_said_to_have_no_effect(caplog):
-    for asked in ("false", "true"):
-        config = config_with(f"train.cuda_graph={asked}")
-        state = state_of(config)
-        record_steps(state, config)
-        assert state.graph is None
-        assert ("train.cuda_graph has no effect" in caplog.text) == (asked == "true")
+def test_a_cpu_launches_its_steps():
+    config = config_with("train.cuda_graph=true")
+    state = state_of(config)
+    record_steps(state, config)
+    assert state.graph is None
 
 
 def test_other_errors_pass_the_memory_guard():
@@ -350,8 +435,8 @@ def test_a_step_never_waits_for_the_gpu(precision, is_whole, is_recorded):
 def test_recorded_steps_do_what_launched_ones_do(monkeypatch, precision, accumulation, recompute):
     """Random parts, running statistics, a bad step and one of another size included.
 
-    The rate is small, because Adam turns the rounding of a gradient near zero into a whole step;
-    then noise of 1e-4 in the images moves the gradient by 4e-4, of 1e-3 (TF32) by 4e-2.
+    The rate is small, because Adam turns the rounding of a gradient near zero into a whole step.
+    Launching twice, on an H100: up to 4e-5 between the gradients in float32, 0.1 in bf16.
     """
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
     config = config_with(
@@ -387,7 +472,7 @@ def test_recorded_steps_do_what_launched_ones_do(monkeypatch, precision, accumul
     (launched, *expected, drawn), (recorded, *found, drawn_again) = runs
     assert torch.equal(drawn, drawn_again)
     assert [bool(result.is_bad) for result in recorded] == [i == 5 for i in range(7)]
-    tolerance = 0.2 if precision == "bf16" else 2e-3
+    tolerance = 0.2 if precision == "bf16" else 2e-4
     for ours, goal in zip(recorded, launched, strict=True):
         names = ("parts", "expert_shares", "gradient_norm")
         torch.testing.assert_close(
