@@ -178,6 +178,8 @@ class StopRequest:
             self._wakeup, self._watched = socket.socketpair()
             self._wakeup.setblocking(False)
             self._previous_wakeup = signal.set_wakeup_fd(self._wakeup.fileno())
+            # a signal to a loader process is none to this one
+            os.register_at_fork(after_in_child=lambda: signal.set_wakeup_fd(-1))
             self._watch = threading.Thread(target=self._end_if_stuck, daemon=True)
             self._watch.start()
         return self
@@ -186,6 +188,7 @@ class StopRequest:
         if self._patience_s is not None:
             self._has_asked.set()
             signal.set_wakeup_fd(self._previous_wakeup)
+            self._wakeup.shutdown(socket.SHUT_RDWR)  # processes forked meanwhile hold it open
             self._wakeup.close()
             self._watch.join()
             self._watched.close()

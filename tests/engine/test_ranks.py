@@ -110,10 +110,11 @@ def launch(demo_dataset, tmp_path):
             "train.save_every_s=0",
             "train.log_every=1",
         ]
+        paths = [os.getcwd(), *filter(None, [os.environ.get("PYTHONPATH")])]
         launcher = [sys.executable, "-m", f"torch.distributed.{module}", *options]
         process = subprocess.Popen(
             [*launcher, str(tmp_path / "worker.py"), str(tmp_path), then, device, *settings],
-            env={**os.environ, "PYTHONPATH": os.getcwd(), "OMP_NUM_THREADS": "1"},
+            env={**os.environ, "PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1"},
             stderr=subprocess.PIPE,
             text=True,
         )
@@ -125,6 +126,12 @@ def launch(demo_dataset, tmp_path):
         if process.poll() is None:
             process.kill()
             process.communicate()
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
 
 
 def wait_for(path: Path, text: str, *processes: subprocess.Popen) -> None:
@@ -155,7 +162,8 @@ def wait_for_port(port: int) -> None:
 def test_a_rank_that_dies_ends_the_others_with_its_error_on_screen(
     launch, tmp_path, then, module, error
 ):
-    process = launch("--nproc_per_node=2", then=then, epochs=1000, module=module)
+    options = ("--nproc_per_node=2", f"--master_port={free_port()}")
+    process = launch(*options, then=then, epochs=1000, module=module)
     assert_ends_in_time(process, tmp_path, error)
 
 
@@ -166,7 +174,8 @@ def test_a_rank_that_dies_ends_the_others_with_its_error_on_screen(
 )
 def test_a_rank_that_dies_frees_the_other_ranks_gpu(launch, tmp_path, then, error):
     """NCCL itself would wait for it for ten minutes."""
-    process = launch("--nproc_per_node=2", then=then, epochs=1000, device="cuda")
+    options = ("--nproc_per_node=2", f"--master_port={free_port()}")
+    process = launch(*options, then=then, epochs=1000, device="cuda")
     assert_ends_in_time(process, tmp_path, error)
 
 
@@ -184,9 +193,7 @@ def assert_ends_in_time(process: subprocess.Popen, scratch: Path, error: str) ->
 
 def test_a_host_that_is_lost_leaves_the_run_to_the_other(launch, tmp_path):
     """Two torchrun agents stand for two hosts; one is killed with all that it runs."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     options = [
         "--nnodes=1:2",
         "--nproc_per_node=1",

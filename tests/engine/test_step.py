@@ -1,8 +1,8 @@
 """One training step: parts of a batch, bad numbers that change nothing, several ranks, memory."""
 
 import copy
+import socket
 from multiprocessing import get_context
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -20,7 +20,7 @@ from engine.state import TrainingState, build_state, check_batch
 from engine.step import record_steps, split_batch, summarize, train_step
 from models import CMFSOutput, build_model
 from models.text_prior import TextPrior
-from utils.distributed import Devices
+from utils.distributed import Devices, shutdown
 from utils.errors import InputError
 
 CPU = Devices(torch.device("cpu"), 0, 0, 1)
@@ -282,11 +282,12 @@ class GPUSteps(NamedTuple):
     statistics: np.ndarray
 
 
-def gpu_steps(rank: int, ranks: int, is_whole: bool, is_recorded: bool, store: str, queue) -> None:
+def gpu_steps(rank: int, ranks: int, is_whole: bool, is_recorded: bool, port: int, queue) -> None:
     """Six steps of one of some GPUs, the fifth with a bad image on the last GPU."""
     torch.backends.cudnn.allow_tf32 = False
     device = torch.device("cuda", rank)
     torch.cuda.set_device(device)
+    store = f"tcp://127.0.0.1:{port}"
     dist.init_process_group("cpu:gloo,cuda:nccl", store, rank=rank, world_size=ranks)
     config = config_with(
         "train.batch_size=8", f"train.accumulation={1 + is_whole}", "train.crop=[64,64]",
@@ -311,17 +312,19 @@ def gpu_steps(rank: int, ranks: int, is_whole: bool, is_recorded: bool, store: s
     gradient = torch.cat([p.grad.flatten() for p in state.parameters])
     statistics = torch.cat([x.flatten().float() for x in state.statistics])
     arrays = (x.cpu().numpy() for x in (gradient, statistics))
+    shutdown()
     queue.put((rank, GPUSteps(summary.losses, summary.bad_steps, *arrays)))
-    dist.destroy_process_group()
 
 
-def on_gpus(ranks: int, is_whole: bool, is_recorded: bool, folder: Path) -> list[GPUSteps]:
+def on_gpus(ranks: int, is_whole: bool, is_recorded: bool) -> list[GPUSteps]:
     """What gpu_steps leaves, by rank."""
     context = get_context("spawn")
     queue = context.Queue()
-    store = f"file://{folder}/{ranks}{is_whole}{is_recorded}"
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
     processes = [
-        context.Process(target=gpu_steps, args=(rank, ranks, is_whole, is_recorded, store, queue))
+        context.Process(target=gpu_steps, args=(rank, ranks, is_whole, is_recorded, port, queue))
         for rank in range(ranks)
     ]
     for process in processes:
@@ -345,9 +348,9 @@ def assert_same_steps(found: GPUSteps, expected: GPUSteps) -> None:
 @pytest.mark.gpu
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
 @pytest.mark.parametrize("is_whole", [False, True], ids=["a convolution", "CMFS"])
-def test_two_gpus_take_the_same_steps_launched_recorded_and_alone(tmp_path, is_whole):
+def test_two_gpus_take_the_same_steps_launched_recorded_and_alone(is_whole):
     """Synchronised statistics and a bad step included; CMFS alone would draw other numbers."""
-    launched, recorded = (on_gpus(2, is_whole, is_graph, tmp_path) for is_graph in (False, True))
+    launched, recorded = (on_gpus(2, is_whole, is_graph) for is_graph in (False, True))
     for ranks in (launched, recorded):
         assert ranks[0].losses == ranks[1].losses and ranks[0].bad_steps == ranks[1].bad_steps
         np.testing.assert_array_equal(ranks[0].gradient, ranks[1].gradient)
@@ -355,7 +358,7 @@ def test_two_gpus_take_the_same_steps_launched_recorded_and_alone(tmp_path, is_w
     assert "at step 5: " in launched[0].bad_steps[0]
     assert_same_steps(recorded[0], launched[0])
     if not is_whole:
-        assert_same_steps(recorded[0], on_gpus(1, is_whole, False, tmp_path)[0])
+        assert_same_steps(recorded[0], on_gpus(1, is_whole, False)[0])
 
 
 def test_a_full_gpu_names_what_filled_it_and_what_helps(monkeypatch):

@@ -3,6 +3,7 @@
 import ctypes
 import errno
 import logging
+import multiprocessing
 import os
 import signal
 import threading
@@ -148,13 +149,13 @@ def finish_of(child, capfd) -> tuple[int, str]:
             os._exit(0)
         finally:
             os._exit(99)
-    os.read(ready, 1)
+    os.close(told)
+    assert os.read(ready, 1), "it ended before it was ready"
     os.kill(pid, signal.SIGTERM)
     begin = time.monotonic()
     _, status = os.waitpid(pid, 0)
     assert time.monotonic() - begin < 20
-    for end in (ready, told):
-        os.close(end)
+    os.close(ready)
     return os.waitstatus_to_exitcode(status), capfd.readouterr().err
 
 
@@ -176,6 +177,26 @@ def test_a_step_that_is_stuck_in_the_driver_ends_with_the_process(capfd):
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_a_signal_to_a_forked_process_is_none_to_this_one(capfd):
+    def child(tell):
+        context = multiprocessing.get_context("fork")
+        runs = context.Event()
+        with StopRequest(patience_s=0.2) as stop:
+            forked = context.Process(target=lambda: (runs.set(), time.sleep(15)))
+            forked.start()
+            runs.wait()
+            forked.terminate()
+            time.sleep(0.6)
+            assert stop.asked() == 0
+            forked.kill()
+            tell()
+            while not stop.asked():
+                time.sleep(0.01)
+
+    assert finish_of(child, capfd) == (0, "")
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 def test_a_loop_that_asks_may_save_as_long_as_it_takes(capfd):
     """Other signals, such as a loader's end, start no clock."""
 
@@ -193,10 +214,19 @@ def test_a_loop_that_asks_may_save_as_long_as_it_takes(capfd):
     assert finish_of(child, capfd) == (143, "")
 
 
-def test_a_stop_request_leaves_nothing_behind():
-    before = threading.active_count()
+@pytest.mark.parametrize("has_child", [False, True])
+def test_a_stop_request_leaves_nothing_behind(has_child):
+    """Not even where a process that was forked meanwhile, as a loader's, lives on."""
+    before, begin = threading.active_count(), time.monotonic()
     with StopRequest(patience_s=60):
         assert threading.active_count() == before + 1
+        child = multiprocessing.get_context("fork").Process(target=time.sleep, args=(15,))
+        if has_child:
+            child.start()
+    assert time.monotonic() - begin < 10
+    if has_child:
+        child.kill()
+        child.join()
     assert threading.active_count() == before
     assert signal.set_wakeup_fd(-1) == -1
 
