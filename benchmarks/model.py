@@ -12,7 +12,8 @@ import argparse
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -25,7 +26,7 @@ from configs import Config, load_config
 from dataloader.packing import Sample
 from engine.graphs import GraphedModel
 from engine.state import build_state
-from engine.step import record_steps, train_step
+from engine.step import recorded_steps, train_step
 from models import CMFS, build_model
 from utils.distributed import Devices
 from utils.environment import environment_info
@@ -69,14 +70,12 @@ def main() -> None:
             )
             for recompute in arguments.recompute:
                 model.set_recompute(recompute == "true")
-                train = measure(
-                    step_once(model, config, device, precision, False), device, arguments
-                )
+                with step_once(model, config, device, precision, False) as run:
+                    train = measure(run, device, arguments)
                 again = None
                 if device.type == "cuda":
-                    again = measure(
-                        step_once(model, config, device, precision, True), device, arguments
-                    )
+                    with step_once(model, config, device, precision, True) as run:
+                        again = measure(run, device, arguments)
                 left = kept(model, config, device, precision, arguments.batch)
                 print(
                     f"| {backend} | {precision} | {forward[0]:.1f} | {forward[1]:.2f} "
@@ -106,16 +105,16 @@ def forward_once(
     return run
 
 
+@contextmanager
 def step_once(
     model: CMFS, config: Config, device: torch.device, precision: str, is_recorded: bool
-) -> Callable[[], None]:
+) -> Iterator[Callable[[], None]]:
     """A training step as engine/trainer.py takes it."""
     autocast_dtype, _ = PRECISIONS[precision]
     named = "bf16" if autocast_dtype else "float32"
     train = config.train.model_copy(update={"precision": named, "cuda_graph": is_recorded})
     config = config.model_copy(update={"train": train})
     state = build_state(config, model, Devices(device, 0, 0, 1), steps_per_epoch=1)
-    record_steps(state, config)
     batch = random_batch(config, device, train.batch_size)
 
     def run() -> None:
@@ -123,7 +122,8 @@ def step_once(
         autocast(device, precision)  # sets TF32
         train_step(state, batch, config)
 
-    return run
+    with recorded_steps(state, config):
+        yield run
 
 
 def kept(

@@ -1,6 +1,8 @@
 """One training step: forward, backward, and an update that bad numbers turn into none."""
 
 import functools
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import NamedTuple, Protocol
 
 import torch
@@ -103,14 +105,20 @@ def summarize(steps: list[StepResult]) -> Summary:
     return Summary(losses, shares, norm, [found[number] for number in sorted(found)])
 
 
-def record_steps(state: TrainingState, config: Config) -> None:
+@contextmanager
+def recorded_steps(state: TrainingState, config: Config) -> Iterator[None]:
     """On a GPU, let train_step replay its forward and backward as a CUDA graph (train.cuda_graph).
 
     Ranks record what they exchange for batch statistics, too; the gradients' exchange follows.
+    The recording is gone at the end: NCCL does not let ranks disconnect before.
     """
     if config.train.cuda_graph and state.parameters[0].is_cuda:
         compute = functools.partial(_add_gradient, state, config)
         state.graph = GraphedGradient(compute, state.parameters)
+    try:
+        yield
+    finally:
+        state.graph = None
 
 
 def _add_gradient(

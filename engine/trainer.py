@@ -26,7 +26,7 @@ from engine.state import (
     save_last,
     settle,
 )
-from engine.step import StepResult, Summary, record_steps, summarize, train_step
+from engine.step import StepResult, Summary, recorded_steps, summarize, train_step
 from models import CMFS
 from utils.cli import StopRequest
 from utils.distributed import Devices, is_main_process, largest
@@ -71,7 +71,6 @@ def fit(
         state = build_state(config, model, devices, steps_per_epoch=len(train_loader))
     if resume_from is not None:
         restore(state, resume_from, config, devices)
-    record_steps(state, config)
     if is_main_process():
         write_run_files(config, folder)
     log.info("text prior: %s", state.model.text_prior.source)
@@ -82,7 +81,7 @@ def fit(
     )
     feed = Feed(train_loader, devices.device)
     saved_at = time.monotonic()
-    with report, StopRequest(_patience_s(devices)) as stop:
+    with report, StopRequest(_patience_s(devices)) as stop, recorded_steps(state, config):
         report.pictures(pictures or {}, step=state.step)
         while True:
             with explained_out_of_memory(config, devices.device):

@@ -17,7 +17,7 @@ from engine import step as step_module
 from engine.losses import joint_loss
 from engine.memory import explained_full_evaluation, explained_out_of_memory
 from engine.state import TrainingState, build_state, check_batch
-from engine.step import record_steps, split_batch, summarize, train_step
+from engine.step import recorded_steps, split_batch, summarize, train_step
 from models import CMFSOutput, build_model
 from models.text_prior import TextPrior
 from utils.distributed import Devices, shutdown
@@ -298,21 +298,21 @@ def gpu_steps(rank: int, ranks: int, is_whole: bool, is_recorded: bool, port: in
     state = build_state(config, network, Devices(device, rank, rank, ranks), steps_per_epoch=9)
     torch.manual_seed(10 + rank)
     state.model.train()
-    record_steps(state, config)
     steps = []
-    for index in range(6):
-        batch = batch_of(8, 64)
-        batch = batch._replace(rgb=batch.rgb.roll(index, 1))
-        batch.rgb[-1] *= torch.nan if index == 4 else 1
-        ours = Pairs(*(field[rank::ranks] for field in batch))
-        ours = (x.to(device) if isinstance(x, torch.Tensor) else x for x in ours)
-        steps.append(train_step(state, Pairs(*ours), config))
-    assert (state.graph is not None and state.graph.keeps_gradients) == is_recorded
+    with recorded_steps(state, config):
+        for index in range(6):
+            batch = batch_of(8, 64)
+            batch = batch._replace(rgb=batch.rgb.roll(index, 1))
+            batch.rgb[-1] *= torch.nan if index == 4 else 1
+            ours = Pairs(*(field[rank::ranks] for field in batch))
+            ours = (x.to(device) if isinstance(x, torch.Tensor) else x for x in ours)
+            steps.append(train_step(state, Pairs(*ours), config))
+        assert (state.graph is not None and state.graph.keeps_gradients) == is_recorded
     summary = summarize(steps)
     gradient = torch.cat([p.grad.flatten() for p in state.parameters])
     statistics = torch.cat([x.flatten().float() for x in state.statistics])
     arrays = (x.cpu().numpy() for x in (gradient, statistics))
-    shutdown()
+    shutdown()  # which NCCL lets end when the recording is gone
     queue.put((rank, GPUSteps(summary.losses, summary.bad_steps, *arrays)))
 
 
@@ -385,8 +385,8 @@ def test_a_full_gpu_names_what_filled_it_and_what_helps(monkeypatch):
 def test_a_cpu_launches_its_steps():
     config = config_with("train.cuda_graph=true")
     state = state_of(config)
-    record_steps(state, config)
-    assert state.graph is None
+    with recorded_steps(state, config):
+        assert state.graph is None
 
 
 def test_other_errors_pass_the_memory_guard():
@@ -414,17 +414,17 @@ def test_a_step_never_waits_for_the_gpu(precision, is_whole, is_recorded):
         state.model.expert_shares = lambda: torch.zeros(1, 2, device=device)
     batch = Pairs(*(x.to(device) if isinstance(x, torch.Tensor) else x for x in batch_of(4, 32)))
     bad = batch._replace(rgb=torch.full_like(batch.rgb, torch.nan))
-    record_steps(state, config)
-    for _ in range(3):
-        train_step(state, batch, config)  # makes moments and kernels, and the recording
-    assert (state.graph is not None and state.graph.keeps_gradients) == is_recorded
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        results = [train_step(state, batch, config) for _ in range(3)]
-        before = snapshot(state)
-        results.append(train_step(state, bad, config))
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
+    with recorded_steps(state, config):
+        for _ in range(3):
+            train_step(state, batch, config)  # makes moments and kernels, and the recording
+        assert (state.graph is not None and state.graph.keeps_gradients) == is_recorded
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            results = [train_step(state, batch, config) for _ in range(3)]
+            before = snapshot(state)
+            results.append(train_step(state, bad, config))
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
     assert [bool(result.is_bad) for result in results] == [False, False, False, True]
     assert changed(before, state) == set()
 
@@ -442,14 +442,11 @@ def test_recorded_steps_do_what_launched_ones_do(monkeypatch, precision, accumul
     Launching twice, on an H100: up to 4e-5 between the gradients in float32, 0.1 in bf16.
     """
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
-    config = config_with(
+    settings = (
         f"train.precision={precision}", f"train.accumulation={accumulation}",
         f"model.recompute={recompute}", "train.max_bad_steps=1", "train.crop=[64,64]",
         "train.lr=1e-6",
     )  # fmt: skip
-    recorded_config = config.model_copy(
-        update={"train": config.train.model_copy(update={"cuda_graph": True})}
-    )
     device = torch.device("cuda", 0)
     batches = []
     for index, side in enumerate((64, 64, 64, 64, 96, 64, 64)):
@@ -460,15 +457,15 @@ def test_recorded_steps_do_what_launched_ones_do(monkeypatch, precision, accumul
     batches[5] = batches[5]._replace(rgb=torch.full_like(batches[5].rgb, torch.nan))
     runs = []
     for is_recorded in (False, True):
+        config = config_with(*settings, f"train.cuda_graph={is_recorded}")
         torch.manual_seed(0)
         state = build_state(
             config, build_model(config), Devices(device, 0, 0, 1), steps_per_epoch=9
         )
-        if is_recorded:
-            record_steps(state, recorded_config)
         torch.manual_seed(1)
         state.model.train()
-        results = [train_step(state, batch, config) for batch in batches]
+        with recorded_steps(state, config):
+            results = [train_step(state, batch, config) for batch in batches]
         gradient = torch.cat([p.grad.flatten() for p in state.parameters])
         statistics = torch.cat([s.flatten().float() for s in state.statistics])
         runs.append((results, gradient, statistics, torch.cuda.get_rng_state()))
