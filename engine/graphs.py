@@ -75,49 +75,57 @@ class _Graph:
 class GraphedGradient:
     """A function that adds to gradients, recorded once as a CUDA graph and then replayed.
 
-    The first two calls run as ever; the third is recorded with the gradients' memory as it stands,
-    which from then on must stay: set gradients to zero, not to None (keeps_gradients). Arguments of
-    other shapes than the recorded ones run as ever. Random numbers are drawn as without a graph.
+    The first two calls run as ever, the third is recorded. Arguments of other shapes than the
+    recorded ones run as ever. Random numbers are drawn as without a graph.
 
     Args:
         compute: takes and returns nested tuples and dicts of tensors on a GPU (and, for arguments,
             of what it does not look at), and must not wait for the GPU. Its backward pass adds to
             the gradients of `parameters`.
+    Attributes:
+        is_recorded: whether there is a recording yet.
     Raises:
         InputError: on recording, when it cannot be.
     """
 
     def __init__(self, compute: Callable[..., Any], parameters: list[nn.Parameter]) -> None:
-        self.keeps_gradients = False
+        self.is_recorded = False
         self._compute = compute
         self._parameters = parameters
         self._calls = 0
         self._graph = torch.cuda.CUDAGraph()
 
     def __call__(self, *arguments: Any) -> Any:
-        """As `compute`; results are the caller's to keep."""
+        """As `compute`; results are the caller's to keep, a gradient's memory until the next call.
+
+        That is so where there was no gradient before: the graph writes it anew each time.
+        """
         self._calls += 1
         if self._calls <= _EAGER_CALLS:
-            result = self._compute(*arguments)
-            self._used = [p for p in self._parameters if p.grad is not None]
-            return result
-        if self._calls == _EAGER_CALLS + 1:
+            return self._compute(*arguments)
+        if not self.is_recorded:
             self._record(arguments)
         if _shapes(arguments) != self._shapes:
             return self._compute(*arguments)
         for own, given in zip(_tensors(self._arguments), _tensors(arguments), strict=True):
             own.copy_(given)
+        before = [p.grad for p in self._used]
+        if before[0] is self._gradients[0]:
+            before = [gradient.clone() for gradient in before]
         self._graph.replay()
+        if before[0] is not None:
+            torch._foreach_add_(before, self._gradients)
+        for parameter, old, new in zip(self._used, before, self._gradients, strict=True):
+            parameter.grad = new if old is None else old
         return pytree.tree_map_only(Tensor, torch.clone, self._result)
 
     def _record(self, arguments: Any) -> None:
-        for parameter in self._used:
-            if parameter.grad is None:
-                parameter.grad = torch.zeros_like(parameter)
-        self.keeps_gradients = True
         self._shapes = _shapes(arguments)
         self._arguments = pytree.tree_map_only(Tensor, torch.clone, arguments)
         device = _tensors(arguments)[0].device
+        before = [p.grad for p in self._parameters]
+        for parameter in self._parameters:
+            parameter.grad = None
         # thread_local: a loader's thread may pin memory meanwhile
         graph = torch.cuda.graph(self._graph, capture_error_mode="thread_local")
         try:
@@ -130,6 +138,11 @@ class GraphedGradient:
                 f"the step cannot be recorded as a CUDA graph here ({error}); "
                 f"train.cuda_graph=false launches it kernel by kernel"
             ) from error
+        self._used = [p for p in self._parameters if p.grad is not None]
+        self._gradients = [p.grad for p in self._used]
+        for parameter, gradient in zip(self._parameters, before, strict=True):
+            parameter.grad = gradient
+        self.is_recorded = True
 
 
 def _tensors(tree: Any) -> list[Tensor]:

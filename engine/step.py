@@ -52,7 +52,7 @@ def train_step(state: TrainingState, batch: NamedBatch, config: Config) -> StepR
     accumulation = config.train.accumulation
     statistics = [b.clone() for b in state.statistics] if config.train.max_bad_steps else []
     add_gradient = state.graph or functools.partial(_add_gradient, state, config)
-    state.optimizer.zero_grad(set_to_none=not (state.graph and state.graph.keeps_gradients))
+    state.optimizer.zero_grad()
     counts = mean_counts(batch, accumulation)
     results = [add_gradient(part, counts) for part in split_batch(batch, accumulation)]
     average([p.grad for p in state.parameters if p.grad is not None])

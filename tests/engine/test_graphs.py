@@ -1,11 +1,15 @@
-"""GraphedModel gives what the network gives, recorded or not."""
+"""Recorded forwards and gradients are those of the network itself."""
+
+import contextlib
 
 import pytest
 import torch
+from torch import nn
 
 from configs import load_config
-from engine.graphs import GraphedModel
+from engine.graphs import GraphedGradient, GraphedModel
 from models import build_model
+from utils.errors import InputError
 
 SETTINGS = ["model.text_prior=orthogonal", "model.pretrained=none"]
 
@@ -36,6 +40,76 @@ def test_passes_through_on_a_cpu():
 def test_refuses_a_network_in_training():
     with pytest.raises(ValueError, match=r"call model.eval\(\) first"):
         GraphedModel(make_model().train())(*pair(40, 48, 0))
+
+
+class GraphOnCPU:
+    """Stands in for a CUDA graph: what was recorded runs again, into the same memory."""
+
+    def replay(self):
+        graphed, parameters = self.graphed, self.graphed._parameters
+        kept = [p.grad for p in parameters]
+        for parameter in parameters:
+            parameter.grad = None
+        result = graphed._compute(*graphed._arguments)
+        for name, value in result.items():
+            graphed._result[name].copy_(value)
+        new = [p.grad for p in parameters if p.grad is not None]
+        for own, gradient in zip(graphed._gradients, new, strict=True):
+            own.copy_(gradient)
+        for parameter, gradient in zip(parameters, kept, strict=True):
+            parameter.grad = gradient
+
+
+@pytest.fixture
+def graphs_on_cpu(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", GraphOnCPU)
+    for name in ("graph", "device"):
+        monkeypatch.setattr(torch.cuda, name, lambda *_, **__: contextlib.nullcontext())
+
+
+@pytest.mark.parametrize("parts", [1, 2, 3])
+def test_replayed_gradients_add_up_as_launched_ones(graphs_on_cpu, parts):
+    """Another size within a step included; a parameter that is not used has no gradient."""
+    torch.manual_seed(0)
+    layer, unused = nn.Linear(3, 2), nn.Parameter(torch.ones(4))
+
+    def compute(x):
+        loss = layer(x).square().mean()
+        loss.backward()
+        return {"loss": loss.detach()}
+
+    parameters = [*layer.parameters(), unused]
+    graphed = GraphedGradient(compute, parameters)
+    graphed._graph.graphed = graphed
+    results = []
+    for step in range(5):
+        sizes = [7 if (step, part) in ((3, 0), (4, parts - 1)) else 5 for part in range(parts)]
+        batches = [torch.randn(size, 3) for size in sizes]
+        gradients = []
+        for function in (compute, graphed):
+            for parameter in parameters:
+                parameter.grad = None
+            results.append([function(x)["loss"] for x in batches])
+            gradients.append([p.grad.clone() for p in layer.parameters()])
+            assert unused.grad is None
+        torch.testing.assert_close(gradients[1], gradients[0])
+    assert graphed.is_recorded
+    torch.testing.assert_close(results[1::2], results[0::2])  # a replay leaves earlier ones alone
+
+
+def test_what_cannot_be_recorded_names_the_setting(graphs_on_cpu):
+    calls = []
+
+    def compute(x):
+        calls.append(x)
+        if len(calls) == 3:
+            raise RuntimeError("operation not permitted when stream is capturing")
+
+    graphed = GraphedGradient(compute, [nn.Parameter(torch.ones(1))])
+    for _ in range(2):
+        graphed(torch.ones(1))
+    with pytest.raises(InputError, match="not permitted.*train.cuda_graph=false launches it"):
+        graphed(torch.ones(1))
 
 
 @pytest.mark.gpu

@@ -307,7 +307,7 @@ def gpu_steps(rank: int, ranks: int, is_whole: bool, is_recorded: bool, port: in
             ours = Pairs(*(field[rank::ranks] for field in batch))
             ours = (x.to(device) if isinstance(x, torch.Tensor) else x for x in ours)
             steps.append(train_step(state, Pairs(*ours), config))
-        assert (state.graph is not None and state.graph.keeps_gradients) == is_recorded
+        assert (state.graph is not None and state.graph.is_recorded) == is_recorded
     summary = summarize(steps)
     gradient = torch.cat([p.grad.flatten() for p in state.parameters])
     statistics = torch.cat([x.flatten().float() for x in state.statistics])
@@ -417,7 +417,7 @@ def test_a_step_never_waits_for_the_gpu(precision, is_whole, is_recorded):
     with recorded_steps(state, config):
         for _ in range(3):
             train_step(state, batch, config)  # makes moments and kernels, and the recording
-        assert (state.graph is not None and state.graph.keeps_gradients) == is_recorded
+        assert (state.graph is not None and state.graph.is_recorded) == is_recorded
         torch.cuda.set_sync_debug_mode("error")
         try:
             results = [train_step(state, batch, config) for _ in range(3)]
