@@ -122,10 +122,8 @@ def step_once(
         autocast(device, precision)  # sets TF32
         train_step(state, batch, config)
 
-    torch.backends.cudnn.benchmark = True
     with recorded_steps(state, config):
         yield run
-    torch.backends.cudnn.benchmark = False
 
 
 def kept(

@@ -118,7 +118,6 @@ def train_epoch(
     """
     batches = feed.batches(state.epoch, start=state.batch)
     state.model.train()
-    torch.backends.cudnn.benchmark = True  # crops have one size, unlike the images of a validation
     window: list[StepResult] = []
     stopped = 0
     while not (stopped or state.is_finished or state.batch == state.steps_per_epoch):
@@ -141,7 +140,6 @@ def train_epoch(
         stopped = largest(stop.asked())
     if window:
         read_window(window, state, config)
-    torch.backends.cudnn.benchmark = False
     return stopped
 
 
