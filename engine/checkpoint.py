@@ -18,7 +18,7 @@ from torch import Tensor
 
 from configs import Config
 from engine.atomic import digest_file, is_intact, remove, replacing
-from models import CMFS, build_model
+from models import CMFS, build_model, check_scan_backend
 from utils.errors import InputError
 
 _SUFFIXES = (".pth", ".safetensors")
@@ -126,13 +126,15 @@ def load_model(
     Returns:
         The network on `device`, and the config of the checkpoint's run.
     Raises:
-        InputError: see load_checkpoint; or another dataset's classes, or tensors that do not fit.
+        InputError: see load_checkpoint; or another dataset's classes, tensors that do not fit, or a
+            scan backend that cannot run on `device`.
     """
     checkpoint = load_checkpoint(path)
     stored = _stored_config(path, checkpoint)
     if config is not None:
         check_classes(path, stored, config)
     backend = "auto" if config is None else config.model.scan_backend
+    check_scan_backend(backend, torch.device(device))
     stored = stored.model_copy(
         update={"model": stored.model.model_copy(update={"scan_backend": backend})}
     )

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from models import CMFS, CMFSOutput
+from models.ops.ss2d_scan import orders_read
 from utils.errors import InputError
 
 _EAGER_CALLS = 2  # kernels are compiled and chosen, and constants made, before a graph is recorded
@@ -62,7 +63,8 @@ class _Graph:
     def __init__(self, model: CMFS, rgb: Tensor, thermal: Tensor) -> None:
         self._inputs = (rgb.float().clone(), thermal.float().clone())
         self._graph = torch.cuda.CUDAGraph()
-        with torch.cuda.device(rgb.device), torch.cuda.graph(self._graph):
+        graph = torch.cuda.graph(self._graph)
+        with torch.cuda.device(rgb.device), orders_read() as self._orders, graph:
             self._output = model(*self._inputs)
 
     def __call__(self, rgb: Tensor, thermal: Tensor) -> CMFSOutput:
@@ -129,7 +131,7 @@ class GraphedGradient:
         # thread_local: a loader's thread may pin memory meanwhile
         graph = torch.cuda.graph(self._graph, capture_error_mode="thread_local")
         try:
-            with torch.cuda.device(device), graph:
+            with torch.cuda.device(device), orders_read() as self._orders, graph:
                 self._result = self._compute(*self._arguments)
         except torch.cuda.OutOfMemoryError:
             raise

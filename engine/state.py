@@ -22,7 +22,7 @@ from engine.checkpoint import (
 )
 from engine.graphs import GraphedGradient
 from engine.optim import build_optimizer, load_optimizer_state, optimizer_state
-from models import CMFS
+from models import CMFS, check_scan_backend
 from utils.distributed import Devices, broadcast, gather_objects, is_main_process, largest
 from utils.errors import InputError
 from utils.run_folder import RunFolder
@@ -129,10 +129,12 @@ def build_state(
     All ranks begin with the weights of the first.
 
     Raises:
-        InputError: the batch does not divide into equal parts.
+        InputError: the batch does not divide into equal parts, or model.scan_backend cannot run on
+            the device.
     """
     check_batch(config, devices.world_size)
     device = devices.device
+    check_scan_backend(config.model.scan_backend, device)
     if devices.world_size > 1 and device.type == "cuda":
         model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
     model = model.to(device)

@@ -7,8 +7,10 @@ import torch
 
 from configs import Config
 from models.cmfs import CMFS
+from models.ops.selective_scan import selective_scan
 from models.pretrained import load_vmamba
 from models.text_prior import TEXT_DIMENSION, TextPrior, load_text_prior, orthogonal_text_prior
+from utils.errors import InputError
 
 log = logging.getLogger(__name__)
 
@@ -54,6 +56,17 @@ def build_model(config: Config, *, from_checkpoint: bool = False) -> CMFS:
         if hasattr(module, "scan_backend"):
             module.scan_backend = config.model.scan_backend
     return model
+
+
+def check_scan_backend(name: str, device: torch.device) -> None:
+    """Raise an InputError where a scan backend that a config names cannot run on a device."""
+    if name == "auto":
+        return
+    one = torch.ones(1, 1, 1, device=device)
+    try:
+        selective_scan(one, one, -one[0], one[None], one[None], backend=name)
+    except RuntimeError as error:
+        raise InputError(f"model.scan_backend={name}: {error}") from error
 
 
 def _text_prior(config: Config, *, from_checkpoint: bool) -> TextPrior:

@@ -4,7 +4,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from models.layers import ChannelScale, LayerNorm2d, Recomputed, SqueezeGate, pad_to_multiple
+from models.layers import (
+    ChannelScale,
+    LayerNorm2d,
+    Recomputed,
+    SqueezeGate,
+    at_least_float32,
+    pad_to_multiple,
+)
 from models.ops.haar import haar_dwt2, haar_idwt2
 from models.ss2d import SS2D
 
@@ -97,7 +104,7 @@ class FourierBranch(nn.Module):
     def forward(self, spatial: Tensor, wavelet: Tensor) -> Tensor:
         x = torch.cat([spatial, wavelet], dim=1)
         with torch.autocast(x.device.type, enabled=False):
-            spectrum = torch.fft.rfft2(x.float(), norm="ortho")
+            spectrum = torch.fft.rfft2(at_least_float32(x), norm="ortho")
             magnitude = spectrum.abs()
             phase = spectrum / magnitude.clamp_min(1e-8)
             x = torch.fft.irfft2(self.magnitude(magnitude) * phase, s=x.shape[-2:], norm="ortho")

@@ -6,7 +6,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from models.layers import BatchNorm2d, LayerNorm2d, Linear2d, Recomputed, ReplicateConv2d, resize
+from models.layers import (
+    BatchNorm2d,
+    LayerNorm2d,
+    Linear2d,
+    Recomputed,
+    ReplicateConv2d,
+    at_least_float32,
+    resize,
+)
 from models.ops.sobel import sobel
 from models.ss2d import SS2D
 
@@ -67,7 +75,7 @@ class FusionHead(nn.Module):
         maps = [*rgb_maps, *thermal_maps]
         layers = [resize(e(x), image_hw) for e, x in zip(embeddings, maps, strict=True)]
         x = self.fuse(torch.cat([*layers, rgb, thermal], dim=1))
-        return torch.sigmoid(self.project(self.detail(x)).float())
+        return torch.sigmoid(at_least_float32(self.project(self.detail(x))))
 
 
 class GradientResidualBlock(Recomputed):
@@ -86,7 +94,7 @@ class GradientResidualBlock(Recomputed):
         features = x
         for conv in self.dense:
             features = torch.cat([features, F.leaky_relu(conv(features), 0.2)], dim=1)
-        gradient_x, gradient_y = sobel(x.float())
+        gradient_x, gradient_y = sobel(at_least_float32(x))
         magnitude = torch.sqrt(gradient_x**2 + gradient_y**2 + 1e-12)
         return F.leaky_relu(self.project(features) + self.gradient(magnitude), 0.1)
 

@@ -117,6 +117,11 @@ class GatedFFN(nn.Module):
         return F.gelu(self.project(a * self.depthwise(b)))
 
 
+def at_least_float32(x: Tensor) -> Tensor:
+    """x, widened where it is narrower than float32, as under autocast."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
 def shuffle_channels(x: Tensor, groups: int) -> Tensor:
     """Channel shuffle (ShuffleNet, Zhang et al., 2018): one channel of each group in turn.
 

@@ -3,7 +3,13 @@
 import torch
 from torch import Tensor, nn
 
-from models.layers import LayerNorm2d, Recomputed, pad_to_multiple, shuffle_channels
+from models.layers import (
+    LayerNorm2d,
+    Recomputed,
+    at_least_float32,
+    pad_to_multiple,
+    shuffle_channels,
+)
 from models.mamba import BidirectionalMamba
 from models.text_prior import TextPrior
 
@@ -67,7 +73,7 @@ class ShuffleMambaBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x = shuffle_channels(x, 2)
-        tokens = self.norm(x).flatten(2).transpose(1, 2).float()  # (B, L, C)
+        tokens = at_least_float32(self.norm(x).flatten(2).transpose(1, 2))  # (B, L, C)
         tokens = self.mixer_norm(tokens).transpose(1, 2)  # (B, C, L)
         return x + self.mixer(tokens).view_as(x)
 

@@ -9,6 +9,7 @@ from models.layers import (
     GatedFFN,
     LayerNorm2d,
     Recomputed,
+    at_least_float32,
     pad_to_multiple,
     resize,
     shuffle_channels,
@@ -157,10 +158,12 @@ class TopKRouter(nn.Module):
     def __init__(self, channels: int, *, num_experts: int) -> None:
         super().__init__()
         self.score = nn.Linear(channels, num_experts)
-        self.register_buffer("shares", torch.zeros(num_experts), persistent=False)
+        self.shares = torch.zeros(
+            num_experts
+        )  # no buffer: what inference leaves cannot be written to
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        probability = self.score(x.mean((2, 3))).float().softmax(dim=1)  # (B, E)
+        probability = at_least_float32(self.score(x.mean((2, 3)))).softmax(dim=1)  # (B, E)
         weight, choice = probability.max(dim=1)
         num_experts = probability.shape[1]
         shares = F.one_hot(choice, num_experts).to(probability.dtype).mean(0)

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
+from models.layers import at_least_float32
 from utils.errors import InputError
 
 CLIP_MODEL = "ViT-B-32-quickgelu"  # open_clip's name; plain ViT-B-32 has another activation
@@ -40,7 +41,8 @@ class TextPrior(nn.Module):
     def similarity(self, descriptor: Tensor) -> Tensor:
         """Cosine similarity to each text: (..., D) -> (..., Q), float32 even under autocast."""
         with torch.autocast(descriptor.device.type, enabled=False):
-            return F.normalize(descriptor.float(), dim=-1) @ self.features.float().T
+            descriptor, features = map(at_least_float32, (descriptor, self.features))
+            return F.normalize(descriptor, dim=-1) @ features.T
 
     def extra_repr(self) -> str:
         return f"{self.features.shape[0]} texts of {self.features.shape[1]}, {self.source}"

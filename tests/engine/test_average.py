@@ -6,7 +6,10 @@ import pytest
 import torch
 from torch import nn
 
+from configs import load_config
 from engine.average import WeightAverage
+from engine.inference import predict
+from models import build_model
 
 
 @pytest.mark.parametrize("decay", [0.5, 0.05])
@@ -40,3 +43,15 @@ def test_the_network_itself_is_never_changed():
     assert model[1].running_mean.sum() == 3
     assert all(torch.equal(v, before[k]) for k, v in model.named_parameters())
     assert model.training and not average.model.training
+
+
+def test_follows_a_network_that_was_scored_in_inference_mode():
+    """What a forward leaves inside the network must not bar the next copy."""
+    model = build_model(load_config("demo", ["model.text_prior=orthogonal"]))
+    average = WeightAverage(model, 0.9)
+    pair = torch.rand(2, 1, 3, 32, 32)
+    predict(average.model, *pair)
+    model.train()(*pair)
+    average.copy_buffers(model)
+    for ours, theirs in zip(average.model.buffers(), model.buffers(), strict=True):
+        assert torch.equal(ours, theirs)

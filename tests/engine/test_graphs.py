@@ -9,6 +9,7 @@ from torch import nn
 from configs import load_config
 from engine.graphs import GraphedGradient, GraphedModel
 from models import build_model
+from models.ops.ss2d_scan.orders import scan_orders
 from utils.errors import InputError
 
 SETTINGS = ["model.text_prior=orthogonal", "model.pretrained=none"]
@@ -95,6 +96,17 @@ def test_replayed_gradients_add_up_as_launched_ones(graphs_on_cpu, parts):
         torch.testing.assert_close(gradients[1], gradients[0])
     assert graphed.is_recorded
     torch.testing.assert_close(results[1::2], results[0::2])  # a replay leaves earlier ones alone
+
+
+def test_a_recording_holds_the_scan_orders_that_it_reads(graphs_on_cpu):
+    def compute(x):
+        orders = scan_orders(3, 5, "cross", 4, x.device)
+        return {"orders": orders[0].clone(), "address": orders[0].data_ptr()}
+
+    graphed = GraphedGradient(compute, [nn.Parameter(torch.ones(1))])
+    graphed._record((torch.ones(1),))
+    addresses = [order.data_ptr() for order, _ in graphed._orders]
+    assert addresses == [graphed._result["address"]]
 
 
 def test_what_cannot_be_recorded_names_the_setting(graphs_on_cpu):

@@ -6,7 +6,7 @@ from torch import nn
 
 from configs import load_config
 from engine.inference import use_tf32
-from models import CMFSOutput, build_model
+from models import CMFSOutput, build_model, check_scan_backend
 from models.ops.haar import haar_dwt2
 from models.text_prior import TextPrior
 from utils.errors import InputError
@@ -53,6 +53,25 @@ def test_batch_equals_singles(model, hw):
             single = model(rgb[i : i + 1], thermal[i : i + 1])
             assert (single.logits[0] - together.logits[i]).abs().max() < 1e-4
             assert (single.fused[0] - together.fused[i]).abs().max() < 1e-4
+
+
+def test_float64_is_float64_throughout(model):
+    pair = list(images((33, 47)))
+    with torch.no_grad():
+        output = model.eval()(*pair)
+        exact = model.double()(*(x.double() for x in pair))
+    for ours, truth in zip(output, exact, strict=True):
+        assert truth.dtype == torch.float64
+        torch.testing.assert_close(ours.double(), truth, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("backend", ["triton", "mamba_ssm"])
+def test_a_scan_backend_that_cannot_run_here_is_named(backend):
+    cpu = torch.device("cpu")
+    with pytest.raises(InputError, match=f"model.scan_backend={backend}: .* needs"):
+        check_scan_backend(backend, cpu)
+    for other in ("auto", "chunked", "reference"):
+        check_scan_backend(other, cpu)
 
 
 def test_every_parameter_gets_a_gradient(model):

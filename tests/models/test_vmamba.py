@@ -116,10 +116,11 @@ def test_missing_truncated_and_foreign_files(official_file, tmp_path):
     truncated.write_bytes(official_file.read_bytes()[:10_000])
     with pytest.raises(InputError, match="cannot be read"):
         load_vmamba(encoder, truncated)
-    page = tmp_path / "page.pth"
-    page.write_text("<!DOCTYPE html><html></html>")
-    with pytest.raises(InputError, match="cannot be read"):
-        load_vmamba(encoder, page)
+    for page in ("<!DOCTYPE html><html></html>", "error code: 1020", ""):
+        path = tmp_path / "page.pth"
+        path.write_text(page)
+        with pytest.raises(InputError, match="cannot be read"):
+            load_vmamba(encoder, path)
     other = tmp_path / "other.pth"
     torch.save({"state_dict": {}}, other)
     with pytest.raises(InputError, match='under the key "model"'):

@@ -5,11 +5,12 @@ import shutil
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from models.ops.native import library
-from models.ops.ss2d_scan import ss2d_scan
+from models.ops.ss2d_scan import orders, ss2d_scan
 from models.ops.ss2d_scan.composed import _Permute
-from models.ops.ss2d_scan.orders import scan_orders
+from models.ops.ss2d_scan.orders import orders_read, scan_orders
 from models.ops.ss2d_scan.reference import pixel_orders
 
 HAS_COMPILER = any(map(shutil.which, ("c++", "g++"))) or "CXX" in os.environ
@@ -88,6 +89,27 @@ def test_round_trip_puts_every_pixel_back(hw, scan):
     assert torch.equal(_Permute.apply(_Permute.apply(x, order, back), back, order), x)
 
 
+def test_orders_are_made_once_and_the_latest_kept():
+    """A reader, such as a CUDA graph, holds what it read after others have taken its place."""
+    cpu = torch.device("cpu")
+    with orders_read() as read:
+        first = scan_orders(5, 6, "cross", 4, cpu)
+        assert scan_orders(5, 6, "cross", 4, cpu) is first
+    for width in range(orders._MOST_KEPT):
+        scan_orders(2, 1 + width, "cross", 4, cpu)
+    assert len(orders._kept) == orders._MOST_KEPT
+    assert scan_orders(5, 6, "cross", 4, cpu) is not first
+    assert len(read) == 2 and all(pair is first for pair in read)
+
+
+def test_a_tracers_stand_ins_are_not_kept():
+    cpu = torch.device("cpu")
+    orders._kept.clear()
+    with FakeTensorMode():
+        assert type(scan_orders(5, 6, "cross", 4, cpu)[0]) is not torch.Tensor
+    assert type(scan_orders(5, 6, "cross", 4, cpu)[0]) is torch.Tensor
+
+
 def test_window_order_by_hand():
     """4x4 windows over 4x8: the left window's 16 tokens come before the right window's."""
     rows, columns, rows_reversed, _ = pixel_orders(4, 8, "window", 4)
@@ -111,7 +133,7 @@ def test_output_stays_local_to_its_pixel(backend):
 def test_training_after_inference_mode(backend):
     """Orders are cached; a first use in inference mode must not bar a later backward."""
     inputs = make_inputs(1, 2, (11, 3), 1, 1, EXACT[backend])
-    scan_orders.cache_clear()
+    orders._kept.clear()
     with torch.inference_mode():
         ss2d_scan(**inputs, backend=backend)
     assert all(torch.isfinite(g).all() for g in run(inputs, backend=backend).values())
