@@ -52,6 +52,7 @@ from engine.tables import segmentation_summary, segmentation_table
 from utils.cli import add_checkpoint_flags, common_parser, run_main
 from utils.distributed import (
     Devices,
+    barrier,
     gather_objects,
     is_main_process,
     setup_devices,
@@ -92,12 +93,13 @@ def main() -> None:
     suffix = "" if arguments.split == "test" else f"-{arguments.split}"
     results = {}
     for path in checkpoints:
-        target = folder.eval_folder(f"{path.stem}{suffix}")
+        name = folder.result_name(path)
+        target = folder.eval_folder(f"{name}{suffix}")
         result = score(path, config, loader, devices, arguments, target)
         if is_main_process():
             print(segmentation_table(result))
             print(f"Written to {target}")
-        results[path.stem] = result
+        results[name] = result
     if len(results) > 1 and is_main_process():
         summary = segmentation_summary(results)
         write_text(folder.eval_folder(f"summary{suffix}.md"), summary)
@@ -140,6 +142,7 @@ def score(
             by_image=True,
             on_prediction=write if has_pictures else None,
         )
+    barrier()  # eval.json says that all ranks' pictures are there
     run = {**task, **describe_model(model, stored)}
     result = {**run, "protocol": describe_scoring(run, config), **scores}
     if is_main_process():

@@ -93,12 +93,13 @@ def main() -> None:
     suffix = "" if arguments.split == "test" else f"-{arguments.split}"
     results = {}
     for path in checkpoints:
-        target = folder.vision_folder(f"{path.stem}{suffix}")
+        name = folder.result_name(path)
+        target = folder.vision_folder(f"{name}{suffix}")
         result = export(path, config, loader, devices, arguments, target)
         if is_main_process():
-            print(fusion_summary({path.stem: result}))
+            print(fusion_summary({name: result}))
             print(f"Written to {target}")
-        results[path.stem] = result
+        results[name] = result
     if len(results) > 1 and is_main_process():
         summary = fusion_summary(results)
         write_text(folder.vision_folder(f"summary{suffix}.md"), summary)

@@ -38,7 +38,7 @@ from typing import NamedTuple
 import cv2
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import nn
 from tqdm import tqdm
 
 from configs import Config, dump_config, load_config
@@ -51,6 +51,7 @@ from engine.inference import (
     pair_to_tensors,
     predict,
     use_tf32,
+    withhold,
 )
 from engine.memory import explained_full_evaluation
 from engine.sinks import PictureSink, VideoSink
@@ -195,6 +196,13 @@ def open_source(arguments: argparse.Namespace, devices: Devices) -> Source:
     if all(are_videos):
         videos = VideoReader(rgb), VideoReader(thermal)
         count = min(video.count for video in videos)
+        rates = [video.frames_per_s for video in videos]
+        if max(rates) > 1.01 * min(rates):
+            log.warning(
+                "%s has %g frames a second, %s %g: they are paired frame by frame all the same; "
+                "convert one to the other's rate if they show the same time",
+                *(rgb, rates[0], thermal, rates[1]),
+            )
         source = Source(read_videos(*videos), count, frames_per_s or videos[0].frames_per_s)
     elif any(are_videos):
         raise InputError(f"{rgb} and {thermal} must be two videos, two images or two folders")
@@ -292,18 +300,10 @@ def process(
     rgb, thermal = (torch.cat(images) for images in zip(*tensors, strict=True))
     try:
         with explained_full_evaluation(len(rgb), tuple(rgb.shape[-2:]), device):
-            return predict(model, *withhold(rgb, thermal, config), **inference_options(config.eval))
+            pair = withhold(rgb, thermal, config.data.modalities)
+            return predict(model, *pair, **inference_options(config.eval))
     except InputError as error:  # too small, so all of them are
         raise InputError(f"{pairs[0].source}: {error}") from error
-
-
-def withhold(rgb: Tensor, thermal: Tensor, config: Config) -> tuple[Tensor, Tensor]:
-    """The pair as a network of one modality was trained with: the other one is mid-grey."""
-    if config.data.modalities == "rgb":
-        thermal = torch.full_like(thermal, 0.5)
-    elif config.data.modalities == "thermal":
-        rgb = torch.full_like(rgb, 0.5)
-    return rgb, thermal
 
 
 if __name__ == "__main__":

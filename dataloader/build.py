@@ -84,8 +84,14 @@ class PairLoader(DataLoader):
     """
 
     def __init__(
-        self, pairs: SegmentationPairs, batches: Iterable[list[SampleKey]], *, keep_workers: bool
+        self,
+        pairs: SegmentationPairs,
+        batches: Iterable[list[SampleKey]],
+        *,
+        modalities: str,
+        keep_workers: bool,
     ) -> None:
+        """modalities: as data.modalities; the others are withheld from the batches."""
         num_workers = pairs.config.num_workers
         warnings.filterwarnings("ignore", message="This DataLoader will create .* worker processes")
         super().__init__(
@@ -93,7 +99,7 @@ class PairLoader(DataLoader):
             batch_sampler=batches,
             num_workers=num_workers,
             prefetch_factor=_PREFETCHED if num_workers else None,
-            collate_fn=Packer(_PREFETCHED + 1, pairs.config.modalities),
+            collate_fn=Packer(_PREFETCHED + 1, modalities),
             worker_init_fn=_prepare_worker,
             generator=torch.Generator(),  # else each epoch draws from the global one
             persistent_workers=keep_workers and num_workers > 0,
@@ -141,7 +147,7 @@ def build_train_loader(config: Config, *, rank: int = 0, world_size: int = 1) ->
     sampler = EpochSampler(
         len(pairs), config.train.batch_size, seed=config.seed, rank=rank, world_size=world_size
     )
-    return PairLoader(pairs, sampler, keep_workers=True)
+    return PairLoader(pairs, sampler, modalities=config.data.modalities, keep_workers=True)
 
 
 def build_eval_loader(
@@ -155,6 +161,9 @@ def build_eval_loader(
 ) -> PairLoader:
     """Whole images in the order of the list, each once over all ranks.
 
+    Both modalities come, whatever data.modalities withholds: fused images are scored against both,
+    and engine.inference.withhold keeps one from the network.
+
     Args:
         batch_size: of this rank; None is eval.batch_size.
         need_labels: False lets a set without a label folder pass, with labels of 255.
@@ -163,7 +172,8 @@ def build_eval_loader(
     keys = [SampleKey(0, index) for index in range(rank, len(pairs), world_size)]
     size = batch_size or config.eval.batch_size
     batches = [keys[start : start + size] for start in range(0, len(keys), size)]
-    return PairLoader(pairs, batches, keep_workers=config.data.cache == "ram")
+    keep_workers = config.data.cache == "ram"
+    return PairLoader(pairs, batches, modalities="both", keep_workers=keep_workers)
 
 
 def _keep_freed_memory() -> None:

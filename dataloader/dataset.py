@@ -143,10 +143,22 @@ def read_split(folder: Path, split: str) -> list[str]:
             way_out = "nor does train.txt, to take it from: this set can be tested on, not trained"
         elif split == "val":
             command = f"tools/prepare_dataset.py --val-fraction 0.1 custom {folder}"
-            way_out = f"divide train.txt with {command}"
+            way_out = (
+                f"divide train.txt (with --config FILE.yaml in front of custom, too, where its "
+                f"folders have names of their own) with {command}"
+            )
         else:
             way_out = "it lists the split's file names without suffix, one a line"
         raise InputError(f"{path} does not exist; {way_out}")
+    return read_list(path)
+
+
+def read_list(path: Path) -> list[str]:
+    """The stems that a text file lists, one a line; an image suffix is dropped.
+
+    Raises:
+        InputError: no such file, an empty one, a name twice or with a folder in it.
+    """
     try:
         lines = path.read_text(encoding="utf-8-sig").splitlines()
     except (OSError, UnicodeDecodeError) as error:
@@ -231,7 +243,8 @@ def files_by_stem(folder: Path) -> dict[str, list[Path]]:
     """The images of a folder; a stem with several files stays with all of them."""
     files: dict[str, list[Path]] = {}
     for path in folder.iterdir():
-        if path.suffix.lower() in IMAGE_SUFFIXES:
+        is_hidden = path.name.startswith(".")  # macOS leaves "._x.png" on foreign disks
+        if path.suffix.lower() in IMAGE_SUFFIXES and not is_hidden:
             files.setdefault(path.stem, []).append(path)
     return files
 

@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from configs import Config
 from engine.feed import PackedBatch
-from engine.inference import Prediction, inference_options, predict
+from engine.inference import Prediction, inference_options, predict, withhold
 from engine.memory import explained_full_evaluation
 from utils.distributed import gather_objects, is_main_process
 from utils.errors import InputError
@@ -144,9 +144,10 @@ def _predictions(
     for packed in tqdm(loader, unit="batch", leave=False, disable=is_hidden):
         batch = packed.to(device)
         count, _, *size = batch.rgb.shape
+        pair = withhold(batch.rgb, batch.thermal, config.data.modalities)
         try:
             with explained_full_evaluation(count, tuple(size), device):
-                prediction = predict(model, batch.rgb, batch.thermal, **options)
+                prediction = predict(model, *pair, **options)
         except InputError as error:
             raise InputError(f"{', '.join(batch.name)}: {error}") from error
         yield batch, prediction

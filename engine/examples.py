@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from configs import Config
-from engine.inference import Prediction
+from engine.inference import Prediction, withhold
 from engine.inside import look_inside
 from engine.step import NamedBatch
 from models import CMFS
@@ -31,6 +31,7 @@ class Examples:
 
     def __init__(self, config: Config) -> None:
         self._palette = config.data.palette
+        self._modalities = config.data.modalities
         self._crop = config.eval.crop or (None, None)  # what fits into the memory at once
         self._rows: list[list[np.ndarray]] = []
         self._inputs: list[tuple[Tensor, Tensor]] = []  # (1, 3, H, W) each, on the CPU
@@ -42,7 +43,8 @@ class Examples:
             maps = [colorize(x.to(torch.uint8).cpu().numpy(), self._palette) for x in labels]
             self._rows.append([*map(to_uint8, images), *maps])
             corner = (slice(index, index + 1), slice(None), *map(slice, self._crop))
-            self._inputs.append((batch.rgb[corner].cpu(), batch.thermal[corner].cpu()))
+            pair = withhold(batch.rgb[corner], batch.thermal[corner], self._modalities)
+            self._inputs.append(tuple(image.cpu() for image in pair))
 
     def draw(self, model: CMFS, device: torch.device) -> Pictures:
         """Inputs and outputs, every stage's text gate as a heat map, and the spread of log10 dt.

@@ -94,6 +94,19 @@ def predict(
     return Prediction(_mean([view.probabilities for view in views.values()]), image)
 
 
+def withhold(rgb: Tensor, thermal: Tensor, modalities: str) -> tuple[Tensor, Tensor]:
+    """The pair as a network of one modality was trained with: the other one is mid-grey.
+
+    Args:
+        modalities: data.modalities.
+    """
+    if modalities == "rgb":
+        thermal = torch.full_like(thermal, 0.5)
+    elif modalities == "thermal":
+        rgb = torch.full_like(rgb, 0.5)
+    return rgb, thermal
+
+
 def use_tf32(is_used: bool) -> None:
     """Let GPUs multiply float32 in TF32, or not; for the whole process. The CPU does not change."""
     torch.set_float32_matmul_precision("high" if is_used else "highest")

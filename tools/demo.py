@@ -9,6 +9,7 @@ be done by hand. A run that was stopped goes on where it was; a finished one is 
 
 import argparse
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -65,7 +66,7 @@ def write_config(folder: Path) -> Path:
             f"{folder} is not a folder; DATA takes a dataset folder (datasets/README.md)"
         )
     demo = load_config("demo")
-    name = folder.name
+    name = re.sub(r"[^A-Za-z0-9_.-]", "_", folder.name)
     known = [n for n in available_names() if n != "demo" and name.lower().startswith(n)]
     data = {"name": f"Demo-{name}", "dataset_path": str(folder)}
     if known:

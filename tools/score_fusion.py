@@ -29,7 +29,7 @@ from tqdm import tqdm
 if __name__ == "__main__":  # started as a file: the project's packages lie one folder up
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from dataloader.dataset import check_size, files_by_stem, read_split, shorten
+from dataloader.dataset import check_size, files_by_stem, read_list, shorten
 from engine.evaluate import Row, mean_row, score_fused
 from engine.inference import SMALLEST_SIDE
 from engine.results import write_json, write_text
@@ -144,10 +144,7 @@ def choose_stems(
         InputError: a folder lacks one and is_common is not set, or none is left.
     """
     held = [set(images) for images in files.values()]
-    if listed is not None:
-        wanted = set(read_split(listed.parent, listed.stem))
-    else:
-        wanted = set().union(*(held[2:] or held))
+    wanted = set().union(*(held[2:] or held)) if listed is None else set(read_list(listed))
     if is_common:
         wanted = wanted.intersection(*held)
         if not wanted:

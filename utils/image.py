@@ -20,7 +20,8 @@ Palette = Sequence[Sequence[int]]  # RGB of class 0, 1, ...
 UNKNOWN_LABEL = 255  # label value of a pixel without a class
 
 # By a format's first bytes: what begins its last block of pixels, what comes after that block.
-_LAST_BLOCKS = {b"\xff\xd8": (b"\xff\xda", b"\xff\xd9"), b"\x89PNG": (b"IDAT", b"IEND")}
+_JPEG, _PNG = b"\xff\xd8", b"\x89PNG"  # how such a file begins
+_LAST_BLOCKS = {_JPEG: (b"\xff\xda", b"\xff\xd9"), _PNG: (b"IDAT", b"IEND")}
 _TITLE_ROW = 28  # pixels
 _GAP = 4  # pixels between the pictures of a sheet
 
@@ -33,7 +34,7 @@ def read_rgb(path: str | Path) -> np.ndarray:
     Raises:
         InputError: unreadable, or a fourth channel that is no opaque alpha.
     """
-    image = _drop_alpha(_decode(path), path)
+    image = _drop_alpha(_decode(_read_bytes(path), path), path)
     if image.dtype == np.uint16:
         image = np.rint(image / 257).astype(np.uint8)  # 65535 is 255; undoes to_uint16
     return cv2.cvtColor(image, cv2.COLOR_GRAY2RGB if image.ndim == 2 else cv2.COLOR_BGR2RGB)
@@ -47,7 +48,7 @@ def read_thermal(path: str | Path) -> np.ndarray:
     Raises:
         InputError: unreadable, or a fourth channel that is no opaque alpha.
     """
-    image = _drop_alpha(_decode(path), path)
+    image = _drop_alpha(_decode(_read_bytes(path), path), path)
     if image.ndim == 3:
         image = cv2.cvtColor(image, cv2.COLOR_BGR2GRAY)
     if image.dtype == np.uint16:
@@ -66,9 +67,22 @@ def read_label(path: str | Path, palette: Palette = ()) -> np.ndarray:
         palette: colours of the classes, so that the error can say whether a colour drawing
             follows them.
     Raises:
-        InputError: unreadable, more than one channel, or a value above 255.
+        InputError: unreadable, a JPEG, a colour table, more than one channel, or a value above 255.
     """
-    image = _decode(path)
+    data = _read_bytes(path)
+    image = _decode(data, path)
+    if data.startswith(_JPEG):
+        raise InputError(
+            f"label {path} is a JPEG, whose compression changes class values; get it as PNG"
+        )
+    bits, has_table = _png_depth(data)
+    if has_table:
+        raise InputError(
+            f"label {path} is a PNG with a colour table; tools/prepare_dataset.py custom makes a "
+            f"set whose labels hold its indices"
+        )
+    if image.ndim == 2 and bits < 8:
+        image = image // (255 // (2**bits - 1))  # OpenCV stretches what has fewer bits to 0..255
     if image.ndim == 3:
         found = _describe_color_label(image[..., 2::-1], palette)
         raise InputError(
@@ -216,14 +230,25 @@ def ycbcr_to_rgb(ycbcr: Tensor) -> Tensor:
     return torch.stack((red, green, blue), 1)
 
 
-def _decode(path: str | Path) -> np.ndarray:
-    """The stored pixels: (H, W), (H, W, 3) BGR or (H, W, 4), of 8 or 16 bits."""
+def _read_bytes(path: str | Path) -> bytes:
     try:
         data = Path(path).read_bytes()
     except OSError as error:
         raise InputError(f"image {path} cannot be read: {error.strerror}") from error
     if not data:
         raise InputError(f"image {path} is empty (0 bytes); copy it again")
+    return data
+
+
+def _png_depth(data: bytes) -> tuple[int, bool]:
+    """Bits a channel of a PNG and whether it has a colour table; (8, False) for other formats."""
+    if not data.startswith(_PNG) or len(data) < 26:
+        return 8, False
+    return data[24], data[25] == 3
+
+
+def _decode(data: bytes, path: str | Path) -> np.ndarray:
+    """The stored pixels: (H, W), (H, W, 3) BGR or (H, W, 4), of 8 or 16 bits."""
     image = None
     if not _is_cut_short(data):
         try:

@@ -30,7 +30,7 @@ class RunFolder:
     def __init__(self, config: _Config, exp: str = "exp") -> None:
         if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]*", exp):
             raise InputError(f"--exp takes a folder name of letters, digits, _ . -, got '{exp}'")
-        self.path = Path(config.experiment_path) / config.data.name / exp
+        self.path = Path(config.experiment_path).expanduser() / config.data.name / exp
 
     @property
     def checkpoints(self) -> Path:
@@ -73,8 +73,19 @@ class RunFolder:
     def metrics_file(self) -> Path:
         return self.path / "metrics.jsonl"
 
+    def result_name(self, checkpoint: Path) -> str:
+        """Under which name a checkpoint's results are kept: its file name without suffix.
+
+        That of another run, or from elsewhere, has its run's or folder's name in front.
+        """
+        folder = checkpoint.resolve().parent
+        if folder == self.checkpoints.resolve():
+            return checkpoint.stem
+        run = folder.parent if folder.name == self.checkpoints.name else folder
+        return f"{run.name}-{checkpoint.stem}"
+
     def eval_folder(self, checkpoint_name: str) -> Path:
-        """Where eval.py leaves the results of one checkpoint (its file name without suffix)."""
+        """Where eval.py leaves the results of one checkpoint (result_name)."""
         return self.path / "eval" / checkpoint_name
 
     def vision_folder(self, checkpoint_name: str) -> Path:

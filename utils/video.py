@@ -54,7 +54,8 @@ class VideoWriter:
     """Writes an MP4 (MPEG-4 part 2) aside and renames it at the end; use it as a context.
 
     Frames of odd width or height gain a column or row, a copy of the last, as the codec takes even
-    sizes alone. After an error the file holds the frames that were written before it.
+    sizes alone. After an error the file holds the frames that were written before it; a file that
+    lost some, as on a full disk, does not take the place of an earlier one.
 
     Args:
         path: ends in .mp4; its folder is made.
@@ -66,14 +67,29 @@ class VideoWriter:
         self._aside = self.path.with_name(f".{os.getpid()}.{self.path.name}")
         self._writer: cv2.VideoWriter | None = None
         self._shape: tuple[int, ...] = ()
+        self._frames = 0
 
     def __enter__(self) -> "VideoWriter":
         return self
 
-    def __exit__(self, *_: object) -> None:
-        if self._writer is not None:
-            self._writer.release()
+    def __exit__(self, error: type[BaseException] | None, *_: object) -> None:
+        """Raises an InputError where frames are lost, unless another error is on its way."""
+        if self._writer is None:
+            return
+        self._writer.release()
+        try:
+            kept = VideoReader(self._aside).count  # OpenCV does not say which it could not write
+        except InputError:
+            kept = 0
+        if kept == self._frames:
             self._aside.replace(self.path)
+            return
+        self._aside.unlink(missing_ok=True)
+        if error is None:
+            raise InputError(
+                f"cannot write {self.path}: {kept} of {self._frames} frames arrived; is the disk "
+                f"full?"
+            )
 
     def write(self, frame: np.ndarray) -> None:
         """Add a frame, (H, W, 3) uint8 RGB.
@@ -93,6 +109,7 @@ class VideoWriter:
         height, width = frame.shape[:2]
         padded = np.pad(frame, ((0, height % 2), (0, width % 2), (0, 0)), mode="edge")
         self._writer.write(cv2.cvtColor(padded, cv2.COLOR_RGB2BGR))
+        self._frames += 1
 
     def _start(self) -> cv2.VideoWriter:
         height, width = (side + side % 2 for side in self._shape[:2])

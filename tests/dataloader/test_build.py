@@ -257,8 +257,9 @@ def test_batches_are_bytes_with_all_that_their_numbers_need(small_set, num_worke
     assert isinstance(batch, PackedBatch)
     assert (batch.planes.shape, batch.planes.dtype) == ((2, 6, 40, 48), torch.uint8)
     assert not batch.planes.is_shared()
-    assert (batch.name, batch.modalities) == (["val0", "val1"], "thermal")
-    assert (batch.to(torch.device("cpu")).rgb == 0.5).all()
+    assert (batch.name, batch.modalities) == (["val0", "val1"], "both"), "it is scored against both"
+    trained = next(iter(build_train_loader(config_of(small_set, *settings))))
+    assert (trained.to(torch.device("cpu")).rgb == 0.5).all()
 
 
 @pytest.mark.parametrize("num_workers", [0, 2])

@@ -183,3 +183,26 @@ def test_an_undefined_fusion_metric_is_none_and_left_out_of_the_mean():
     assert found["images"]["small"]["VIF"] is None
     assert found["mean"]["VIF"] == found["images"]["large"]["VIF"]
     assert found["images"]["small"]["EN"] is not None
+
+
+def test_a_withheld_modality_is_kept_from_the_network_alone():
+    """What is fused from one modality is scored against both that were recorded."""
+
+    class Sees(nn.Module):
+        def forward(self, rgb, thermal):
+            seen.append((rgb, thermal))
+            return MODEL(rgb, thermal)
+
+    seen, handed_on = [], []
+    images = batch(constant(1), constant(2), names="a b")
+    config = load_config("demo", ["data.modalities=rgb"])
+    found = evaluate_fusion(
+        Sees().eval(), [images], config, CPU, on_prediction=lambda b, _: handed_on.append(b)
+    )
+    ((rgb, thermal),) = seen
+    assert torch.equal(rgb, images.rgb) and (thermal == 0.5).all()
+    assert torch.equal(handed_on[0].thermal, images.thermal)
+    to_bytes = [x.mul(255).round().byte() for x in (images.rgb, images.thermal[:, :1])]
+    grey = torch.full_like(to_bytes[0], 128)
+    truth = fusion_metrics(*to_bytes, grey, protocol=config.eval.protocol)
+    assert found["images"]["a"]["MSE"] == pytest.approx(float(truth["MSE"][0]))

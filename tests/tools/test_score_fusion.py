@@ -89,8 +89,9 @@ def test_baselines_are_of_the_pair_and_can_be_left_out(folders):
 
 
 def test_without_fused_folders_the_list_says_what_is_scored(folders):
-    (folders / "test.txt").write_text("c\na\n")
-    result = call(folders, "--list", str(folders / "test.txt"))
+    (folders / "mine.txt").write_text("b\n")
+    (folders / "mine.lst").write_text("c\na\n")
+    result = call(folders, "--list", str(folders / "mine.lst"))
     assert {name: list(m["images"]) for name, m in result["methods"].items()} == {
         name: ["a", "c"] for name in ("mean", "max", "laplacian")
     }

@@ -1,11 +1,14 @@
 """Images: what is read and written, every unreadable file named, drawings, colour space."""
 
 import logging
+import struct
+import zlib
 
 import cv2
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from utils import image as image_module
 from utils.errors import InputError
@@ -155,6 +158,34 @@ def test_thermal_of_8_bits_is_unchanged_and_silent(tmp_path, caplog):
 @pytest.mark.filterwarnings("error")
 def test_thermal_stretch_of_one_value():
     assert (thermal_to_uint8(np.full((4, 4), 30000, np.uint16)) == 0).all()
+
+
+@pytest.mark.parametrize("bits", [1, 2, 4])
+def test_labels_of_few_bits_hold_indices(tmp_path, bits):
+    """OpenCV would stretch them: 1 of a mask of 1 bit to 255, which means unknown."""
+    label = np.random.default_rng(0).integers(0, 2**bits, (7, 13), dtype=np.uint8)
+    stream = np.unpackbits(label[..., None], axis=2)[..., 8 - bits :].reshape(7, -1)
+    rows = b"".join(b"\0" + row.tobytes() for row in np.packbits(stream, axis=1))
+    header = struct.pack(">IIBBBBB", 13, 7, bits, 0, 0, 0, 0)
+    chunks = [(b"IHDR", header), (b"IDAT", zlib.compress(rows)), (b"IEND", b"")]
+    data = b"".join(
+        struct.pack(">I", len(content)) + kind + content
+        + struct.pack(">I", zlib.crc32(kind + content))
+        for kind, content in chunks
+    )  # fmt: skip
+    (tmp_path / "a.png").write_bytes(b"\x89PNG\r\n\x1a\n" + data)
+    assert (read_label(tmp_path / "a.png") == label).all()
+
+
+def test_labels_that_hold_no_indices_are_named(tmp_path):
+    cv2.imwrite(str(tmp_path / "a.jpg"), np.zeros((8, 8), np.uint8))
+    with pytest.raises(InputError, match=r"label .*a\.jpg is a JPEG, whose compression changes"):
+        read_label(tmp_path / "a.jpg")
+    indexed = Image.fromarray(np.eye(8, dtype=np.uint8), mode="P")
+    indexed.putpalette([0, 0, 0, 255, 0, 0])
+    indexed.save(tmp_path / "b.png")
+    with pytest.raises(InputError, match=r"a colour table; .*prepare_dataset.py custom"):
+        read_label(tmp_path / "b.png")
 
 
 def test_label_of_16_bits(tmp_path):

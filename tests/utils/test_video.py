@@ -1,5 +1,7 @@
 """Videos: what is written is read back; odd sizes, wrong files, errors on the way."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 
@@ -61,3 +63,26 @@ def test_a_place_that_cannot_be_written_is_named(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(InputError, match=r"cannot write .*a\.mp4"):
         write(tmp_path / "file" / "a.mp4", frames(1, 48, 64))
+
+
+def test_lost_frames_are_an_error_and_an_earlier_file_stays(tmp_path):
+    """OpenCV's writer says nothing on a full disk."""
+    earlier = write(tmp_path / "a.mp4", frames(3, 48, 64)).read_bytes()
+
+    class FullDisk(VideoWriter):
+        def _start(self):
+            writer = super()._start()
+            taken = []
+            return SimpleNamespace(
+                write=lambda frame: taken.append(len(taken) < 2 and writer.write(frame)),
+                release=writer.release,
+            )
+
+    with (
+        pytest.raises(InputError, match=r"cannot write .*a\.mp4: 2 of 5 frames arrived"),
+        FullDisk(tmp_path / "a.mp4", 12.5) as video,
+    ):
+        for picture in frames(5, 48, 64):
+            video.write(picture)
+    assert [path.name for path in tmp_path.iterdir()] == ["a.mp4"]
+    assert (tmp_path / "a.mp4").read_bytes() == earlier
