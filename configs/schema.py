@@ -36,7 +36,9 @@ SizeHW = tuple[Annotated[int, Field(ge=32)], Annotated[int, Field(ge=32)]]  # he
 
 
 class _Section(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", protected_namespaces=(), allow_inf_nan=False
+    )
 
 
 class DataConfig(_Section):
@@ -55,6 +57,13 @@ class DataConfig(_Section):
     modalities: Literal["both", "rgb", "thermal"]  # the withheld one is mid-grey (ablation)
     num_workers: Annotated[int, Field(ge=0)]  # loader processes per rank
     cache: Literal["none", "ram"]  # decoded images kept in memory
+
+    @model_validator(mode="after")
+    def _each_class_once(self) -> "DataConfig":
+        repeated = {name for name in self.class_names if self.class_names.count(name) > 1}
+        if repeated:
+            raise ValueError(f"data.class_names has more than once: {', '.join(sorted(repeated))}")
+        return self
 
     @model_validator(mode="after")
     def _one_colour_per_class(self) -> "DataConfig":

@@ -19,12 +19,13 @@ class GraphedModel(nn.Module):
     """A network in evaluation mode whose forward is recorded once a size and then replayed.
 
     A drop-in for the network in predict(). Sizes that come more than twice are recorded as CUDA
-    graphs; others, and everything on a CPU, run as ever. Weights may change in place between calls,
+    graphs; others, and everything on a CPU, run as ever, and so do sizes beyond `most_graphs` that
+    come in turn with recorded ones. Weights may change in place between calls,
     but the network must stay on its device, and TF32 as it was set at first.
 
     Args:
         model: CMFS; its device decides.
-        most_graphs: sizes to keep, the latest used.
+        most_graphs: sizes to keep.
     """
 
     def __init__(self, model: CMFS, *, most_graphs: int = 4) -> None:
@@ -34,6 +35,7 @@ class GraphedModel(nn.Module):
         self._most_graphs = most_graphs
         self._graphs: OrderedDict[torch.Size, _Graph] = OrderedDict()
         self._calls: Counter[torch.Size] = Counter()
+        self._last_call: dict[torch.Size, int] = {}
 
     @torch.inference_mode()
     def forward(self, rgb: Tensor, thermal: Tensor) -> CMFSOutput:
@@ -46,12 +48,17 @@ class GraphedModel(nn.Module):
             raise ValueError("a graph holds evaluation alone; call model.eval() first")
         thermal = thermal.expand_as(rgb)
         size = rgb.shape
+        last_call = self._last_call.get(size, 0)
         self._calls[size] += 1
+        self._last_call[size] = self._calls.total()
         if not rgb.is_cuda or self._calls[size] <= _EAGER_CALLS:
             return self.model(rgb, thermal)
         if size not in self._graphs:
             if len(self._graphs) == self._most_graphs:
-                self._graphs.popitem(last=False)
+                oldest = next(iter(self._graphs))
+                if self._last_call[oldest] > last_call:  # it is still in use
+                    return self.model(rgb, thermal)
+                del self._graphs[oldest]
             self._graphs[size] = _Graph(self.model, rgb, thermal)
         self._graphs.move_to_end(size)
         return self._graphs[size](rgb, thermal)

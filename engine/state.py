@@ -114,9 +114,11 @@ def starting_point(folder: RunFolder, *, resume: bool | str) -> Path | None:
             f"or begin another one with --exp NAME"
         )
     if not folder.last_checkpoint.is_file():
+        previous = folder.previous_checkpoint
+        offer = f"go on from {previous.name} with --resume {previous}, or " * previous.is_file()
         raise InputError(
             f"--resume needs {folder.last_checkpoint}, but there is only {', '.join(found)}; "
-            f"go on from one with --resume FILE, or begin another run with --exp NAME"
+            f"{offer}begin another run with --exp NAME"
         )
     return folder.last_checkpoint
 

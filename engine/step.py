@@ -101,7 +101,8 @@ def summarize(steps: list[StepResult]) -> Summary:
     means = reduce_sum(values[good].mean(0)) / world_size()
     losses = dict(zip(steps[0].parts, means.tolist(), strict=True)) if good.any() else {}
     shares = reduce_sum(shares.mean(0)) / world_size()
-    norm = norms[good].max().item() if good.any() else 0.0  # ranks have the same gradients
+    norms = norms[good & norms.isfinite()]  # of ranks the same; fp16 leaves steps out as it scales
+    norm = norms.max().item() if len(norms) else 0.0
     return Summary(losses, shares, norm, [found[number] for number in sorted(found)])
 
 

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import math
 import signal
 import time
 from collections.abc import Mapping
@@ -53,9 +54,9 @@ def fit(
 ) -> int:
     """Train to the end of the schedule, or until SIGINT or SIGTERM.
 
-    epoch-last.pth is written at the end of an epoch, before its validation, where the last one is
-    train.save_every_s old; at a stop; and at the end. A stop ends a validation, too, which a
-    resumed run then does anew.
+    epoch-last.pth is written at the end of the first epoch and of others, before their validation,
+    where the last one is train.save_every_s old; at a stop; and at the end. A stop ends a
+    validation, too, which a resumed run then does anew.
 
     Args:
         pictures: (H, W, 3) uint8 by TensorBoard name, shown at the beginning.
@@ -71,6 +72,8 @@ def fit(
         state = build_state(config, model, devices, steps_per_epoch=len(train_loader))
     if resume_from is not None:
         restore(state, resume_from, config, devices)
+        if not folder.best_checkpoint.is_file():  # it is the best of another folder's run
+            state.best_miou = None
     if is_main_process():
         write_run_files(config, folder)
     log.info("text prior: %s", state.model.text_prior.source)
@@ -80,25 +83,28 @@ def fit(
         folder, from_step=state.step, total_steps=state.total_steps, is_enabled=is_main_process()
     )
     feed = Feed(train_loader, devices.device)
-    saved_at = time.monotonic()
+    unreported: list[StepResult] = []
+    saved_at = -math.inf  # before there is a best.pth there is something to go on from
     with report, StopRequest(_patience_s(devices)) as stop, recorded_steps(state, config):
         report.pictures(pictures or {}, step=state.step)
         while True:
             with explained_out_of_memory(config, devices.device):
-                stopped = train_epoch(state, feed, config, stop, report)
+                stopped = train_epoch(state, feed, config, stop, report, unreported)
             settle(state)
             is_due = time.monotonic() - saved_at >= config.train.save_every_s
             is_saved = bool(stopped or state.is_finished or largest(is_due))
-            if is_saved:
-                save_last(state, config, folder)
-                saved_at = time.monotonic()
-            if not stopped:
-                save_epoch(state, config, folder)
-                if state.is_finished or state.epochs_done % config.train.val_every == 0:
-                    stopped = validate(
-                        state, UntilStop(val_loader, stop), config, devices.device, folder, report
-                    )
-                    report.start_clock(state.step)
+            with stop.pause():
+                if is_saved:
+                    save_last(state, config, folder)
+                    saved_at = time.monotonic()
+                if not stopped:
+                    save_epoch(state, config, folder)
+            is_scored = state.is_finished or state.epochs_done % config.train.val_every == 0
+            if is_scored and not stopped:
+                stopped = validate(
+                    state, UntilStop(val_loader, stop), config, devices.device, folder, report
+                )
+                report.start_clock(state.step)
             if stopped:
                 if not is_saved:
                     save_last(state, config, folder)
@@ -110,23 +116,35 @@ def fit(
 
 
 def train_epoch(
-    state: TrainingState, feed: Feed, config: Config, stop: StopRequest, report: RunReport
+    state: TrainingState,
+    feed: Feed,
+    config: Config,
+    stop: StopRequest,
+    report: RunReport,
+    unreported: list[StepResult],
 ) -> int:
     """Run what is left of the epoch; returns the signal that came to any rank, or 0.
 
     Losses stay on the device; they are read, and checked, when a log line is due and at the end.
+
+    Args:
+        unreported: steps since the last log line, from one epoch to the next.
     """
     batches = feed.batches(state.epoch, start=state.batch)
     state.model.train()
-    window: list[StepResult] = []
+    unread: list[StepResult] = []
     stopped = 0
     while not (stopped or state.is_finished or state.batch == state.steps_per_epoch):
         learning_rate = set_learning_rate(state, config)
-        window.append(train_step(state, next(batches), config))
+        unread.append(train_step(state, next(batches), config))
         report.advance()
         if state.step % config.train.log_every == 0 or state.is_finished:
             begin = time.perf_counter()
-            summary = read_window(window, state, config)
+            summary = check_steps(unread, state, config)
+            if unreported:
+                summary = summarize(unreported + unread)
+            unreported.clear()
+            unread.clear()
             report.steps(
                 summary.losses,
                 summary.expert_shares,
@@ -138,8 +156,9 @@ def train_epoch(
                 data_wait=feed.waited_share(time.perf_counter() - begin),
             )
         stopped = largest(stop.asked())
-    if window:
-        read_window(window, state, config)
+    if unread:
+        check_steps(unread, state, config)
+        unreported += unread
     return stopped
 
 
@@ -174,14 +193,13 @@ def set_learning_rate(state: TrainingState, config: Config) -> float:
     return learning_rate
 
 
-def read_window(window: list[StepResult], state: TrainingState, config: Config) -> Summary:
-    """What some steps left on the devices of all ranks; the window is empty afterwards.
+def check_steps(steps: list[StepResult], state: TrainingState, config: Config) -> Summary:
+    """What some steps left on the devices of all ranks; bad ones are counted.
 
     Raises:
         FloatingPointError: on every rank, where more steps were bad than train.max_bad_steps.
     """
-    summary = summarize(window)
-    window.clear()
+    summary = summarize(steps)
     bad_steps = summary.bad_steps
     state.bad_steps += len(bad_steps)
     if state.bad_steps > config.train.max_bad_steps:

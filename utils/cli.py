@@ -10,7 +10,7 @@ import socket
 import sys
 import threading
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from types import FrameType
 from typing import NoReturn
 
@@ -160,7 +160,7 @@ class StopRequest:
     Args:
         patience_s: a loop that does not ask within this time after a signal is stuck, as where
             another rank died and the GPU waits for it: the process then ends with code 1. None
-            waits for ever.
+            waits for ever, and so does pause().
     Attributes:
         signal: the first one that came, or None.
     """
@@ -169,6 +169,7 @@ class StopRequest:
         self.signal: signal.Signals | None = None
         self._patience_s = patience_s
         self._has_asked = threading.Event()
+        self._is_paused = False
 
     def __enter__(self) -> "StopRequest":
         self._previous = {
@@ -195,6 +196,15 @@ class StopRequest:
         for number, handler in self._previous.items():
             signal.signal(number, handler)
 
+    @contextlib.contextmanager
+    def pause(self) -> Iterator[None]:
+        """Meanwhile a signal may wait, as while a checkpoint is written."""
+        self._is_paused = True
+        try:
+            yield
+        finally:
+            self._is_paused = False
+
     def asked(self) -> int:
         """The number of the signal that came, or 0; to be called once a step."""
         if self.signal is None:
@@ -209,7 +219,11 @@ class StopRequest:
     def _end_if_stuck(self) -> None:
         """In a thread, because a main thread that waits for a GPU runs no handler of signals."""
         while number := self._watched.recv(1):
-            if number[0] in self._previous and not self._has_asked.wait(self._patience_s):
+            if number[0] not in self._previous:
+                continue
+            while not self._has_asked.wait(self._patience_s):
+                if self._is_paused:
+                    continue
                 name = signal.Signals(number[0]).name
                 sys.stderr.write(
                     f"error: {name} came {self._patience_s:g} s ago and the step has not ended "

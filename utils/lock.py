@@ -1,5 +1,7 @@
 """One process at a time in a folder."""
 
+import errno
+import logging
 import os
 from pathlib import Path
 from typing import TextIO
@@ -10,6 +12,8 @@ try:
     import fcntl
 except ImportError:  # no such locks outside POSIX
     fcntl = None
+
+log = logging.getLogger(__name__)
 
 
 def claim(folder: Path) -> TextIO:
@@ -28,6 +32,11 @@ def claim(folder: Path) -> TextIO:
     try:
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
+        if error.errno not in (errno.EAGAIN, errno.EACCES):
+            log.warning(
+                "%s has no locks (%s): nothing keeps two runs out of one folder", folder, error
+            )
+            return file
         file.seek(0)
         holder = file.read().strip() or "unknown"
         file.close()

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import math
 import os
 import sys
 import time
@@ -71,7 +72,7 @@ class MetricsFile:
 
     def __init__(self, path: Path, *, from_step: int = 0) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
-        kept = [line for line in _whole_lines(path) if json.loads(line)["step"] <= from_step]
+        kept = [line for line in _whole_lines(path) if _step_of(line) <= from_step]
         partial = path.with_name(f".{path.name}.partial")
         partial.write_text("".join(kept), encoding="utf-8")
         os.replace(partial, path)  # killed here, the run's history is the old or the new one
@@ -273,9 +274,17 @@ def _peak_memory() -> list[str]:
     return [f"{peak / 2**30:.1f} GiB"]
 
 
+def _step_of(line: str) -> float:
+    """Of a line of a metrics file; inf for one that a crash of the machine spoilt."""
+    try:
+        return json.loads(line)["step"]
+    except (ValueError, TypeError, KeyError):
+        return math.inf
+
+
 def _whole_lines(path: Path) -> list[str]:
     """The file's lines, without a last one that a crash cut short."""
     if not path.exists():
         return []
-    with path.open(encoding="utf-8") as file:
+    with path.open(encoding="utf-8", errors="replace") as file:
         return [line for line in file if line.endswith("\n")]

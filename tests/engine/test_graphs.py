@@ -1,12 +1,14 @@
 """Recorded forwards and gradients are those of the network itself."""
 
 import contextlib
+from typing import NamedTuple
 
 import pytest
 import torch
 from torch import nn
 
 from configs import load_config
+from engine import graphs
 from engine.graphs import GraphedGradient, GraphedModel
 from models import build_model
 from models.ops.ss2d_scan.orders import scan_orders
@@ -41,6 +43,40 @@ def test_passes_through_on_a_cpu():
 def test_refuses_a_network_in_training():
     with pytest.raises(ValueError, match=r"call model.eval\(\) first"):
         GraphedModel(make_model().train())(*pair(40, 48, 0))
+
+
+class OnGPU(NamedTuple):
+    """Stands in for images on a GPU."""
+
+    shape: int
+    is_cuda: bool = True
+
+    def expand_as(self, _):
+        return self
+
+
+@pytest.mark.parametrize(
+    ("sizes", "recorded"),
+    [
+        ([1, 2, 3] * 4, [1, 2]),  # in turn, one more than are kept
+        ([1, 2] * 3 + [3] * 4, [1, 2, 3]),  # others come no more
+        ([1] * 3 + [2] * 3 + [3] * 4 + [1] * 2, [1, 2, 3, 1]),
+    ],
+    ids=str,
+)
+def test_sizes_in_turn_are_not_recorded_again_and_again(monkeypatch, sizes, recorded):
+    found = []
+
+    def record(model, image, _):
+        found.append(image.shape)
+        return lambda *_: None
+
+    monkeypatch.setattr(graphs, "_Graph", record)
+    graphed = GraphedModel(nn.Identity().eval(), most_graphs=2)
+    graphed.model.forward = lambda *_: None
+    for size in sizes:
+        graphed(OnGPU(size), OnGPU(size))
+    assert found == recorded
 
 
 class GraphOnCPU:

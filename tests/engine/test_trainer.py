@@ -454,7 +454,7 @@ def test_last_checkpoint_waits_until_it_is_old_enough(configure, no_validation, 
     monkeypatch.setattr(trainer.time, "monotonic", lambda: 10.0 * len(metrics_of(config)))
     config = configure("train.epochs=5", "train.batch_size=8", "train.save_every_s=20")
     run(config)
-    assert saved == [2, 4, 5]
+    assert saved == [1, 3, 5]
 
 
 def test_validation_epochs(configure, monkeypatch):
@@ -484,6 +484,19 @@ def test_metrics_every_few_steps_are_means_of_them(configure, no_validation):
         "images_per_s",
         "elapsed_s",
     }
+
+
+def test_a_log_line_is_of_all_steps_since_the_last_one(configure, no_validation):
+    """Steps at the end of an epoch, too, whose losses are checked there."""
+    changes = ("train.epochs=3", "train.batch_size=4")
+    run(configure(*changes), "each")
+    run(configure(*changes, "train.log_every=5"), "fives")
+    each, fives = (metrics_of(configure(*changes), exp) for exp in ("each", "fives"))
+    assert len(each) == 6 and [line["step"] for line in fives] == [5, 6]
+    for name in ("loss", "loss_fusion"):
+        mean = sum(line[name] for line in each[:5]) / 5
+        assert fives[0][name] == pytest.approx(mean, rel=1e-5)
+    assert fives[0]["gradient_norm"] == max(line["gradient_norm"] for line in each[:5])
 
 
 def test_learning_rate_of_each_step_follows_the_schedule(configure, no_validation):
@@ -645,6 +658,20 @@ def test_another_runs_checkpoint_is_resumed_in_an_empty_folder_alone(configure):
         starting_point(folder, resume=str(folder.path / "epoch-last.pth"))
 
 
+def test_a_run_in_a_new_folder_finds_a_best_of_its_own(configure, monkeypatch):
+    scores = iter([0.9, 0.1])
+    monkeypatch.setattr(
+        trainer,
+        "evaluate_segmentation",
+        lambda *_, **__: {"miou": next(scores), "class_iou": {}},
+    )
+    run(configure("train.epochs=1", "train.max_steps=2"))
+    first = RunFolder(configure())
+    config = configure("train.epochs=3", "train.max_steps=4", "train.val_every=3")
+    run(config, "new", resume=str(first.last_checkpoint))
+    assert load_checkpoint(RunFolder(config, "new").best_checkpoint).metrics["miou"] == 0.1
+
+
 def test_resume_of_nothing_begins(configure):
     assert starting_point(RunFolder(configure()), resume=True) is None
 
@@ -727,7 +754,7 @@ def test_two_ranks_stop_and_resume_bit_for_bit(configure, tmp_path):
     config = configure(
         "train.max_steps=6", "train.batch_size=4", "train.ema_decay=0.5", "train.epochs=9"
     )
-    context = get_context("fork")
+    context = get_context("spawn")  # a fork after a backward pass may not do one
 
     def run_both(exp: str, *, resume: bool = False, stop: int = 0) -> list[int]:
         arguments = (str(tmp_path), config, exp, resume, stop)

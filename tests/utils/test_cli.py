@@ -214,6 +214,19 @@ def test_a_loop_that_asks_may_save_as_long_as_it_takes(capfd):
     assert finish_of(child, capfd) == (143, "")
 
 
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_a_paused_watch_lets_a_checkpoint_be_written(capfd):
+    def child(tell):
+        with StopRequest(patience_s=0.2) as stop:
+            with stop.pause():
+                tell()
+                time.sleep(1)
+            assert stop.asked() == signal.SIGTERM
+        os._exit(143)
+
+    assert finish_of(child, capfd) == (143, "")
+
+
 @pytest.mark.parametrize("has_child", [False, True])
 def test_a_stop_request_leaves_nothing_behind(has_child):
     """Not even where a process that was forked meanwhile, as a loader's, lives on."""

@@ -1,5 +1,6 @@
 """A folder that is in use, and one whose user has died."""
 
+import errno
 import os
 import signal
 import time
@@ -7,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from utils import lock
 from utils.errors import InputError
 from utils.lock import claim
 
@@ -43,3 +45,12 @@ def test_a_folder_in_use_is_refused_until_its_user_is_dead(tmp_path):
         assert (folder / ".lock").read_text() == f"{os.getpid()}\n"
         assert not lock.closed
     assert [path.name for path in folder.iterdir()] == [".lock"]
+
+
+def test_a_file_system_without_locks_is_said_and_used(tmp_path, monkeypatch, caplog):
+    def refuse(*_):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(lock.fcntl, "lockf", refuse)
+    claim(tmp_path / "run").close()
+    assert "has no locks" in caplog.text and "No locks available" in caplog.text

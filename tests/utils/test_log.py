@@ -50,6 +50,11 @@ def test_layout_of_a_run_folder(folder, tmp_path):
     assert folder.metrics_file == run / "metrics.jsonl"
     assert folder.eval_folder("best") == run / "eval" / "best"
     assert folder.vision_folder("best") == run / "vision" / "best"
+    assert folder.result_name(folder.best_checkpoint) == "best"
+    assert (
+        folder.result_name(tmp_path / "MFNet" / "other" / "checkpoint" / "best.pth") == "other-best"
+    )
+    assert folder.result_name(tmp_path / "theirs" / "cmfs.safetensors") == "theirs-cmfs"
     assert not run.exists(), "naming a folder must not create it"
 
 
@@ -89,7 +94,8 @@ def test_a_resumed_metrics_file_drops_what_will_come_again(tmp_path):
     for step in (10, 20, 30):
         file.write({"step": step})
     file.close()
-    path.write_text(path.read_text() + '{"step": 4')  # cut short by a crash
+    spoilt = "\0" * 20 + "\n3\n"  # a crash of the machine leaves such lines
+    path.write_text(spoilt + path.read_text() + '{"step": 4')  # and cuts the last one short
     file = MetricsFile(path, from_step=20)
     file.write({"step": 30, "again": True})
     file.close()
