@@ -242,7 +242,7 @@ def ranks_step(rank: int, folder: str, bad_rank: int | None, queue) -> None:
     assert exchanged == [2, 2], "gradients are exchanged once a step"
     gradient = state.model.conv.weight.grad.tolist()
     queue.put((rank, has_moved, summary.losses, summary.bad_steps, gradient))
-    dist.destroy_process_group()
+    shutdown()
 
 
 @pytest.mark.parametrize("bad_rank", [None, 0, 1])

@@ -23,7 +23,7 @@ from engine.state import starting_point
 from engine.trainer import fit
 from models import CMFSOutput, build_model
 from models.text_prior import TextPrior
-from utils.distributed import Devices
+from utils.distributed import Devices, shutdown
 from utils.errors import InputError
 from utils.run_folder import RunFolder
 from utils.seed import seed_everything
@@ -745,7 +745,7 @@ def run_of_rank(rank: int, folder: str, config: Config, exp: str, resume: bool, 
         if rank == 1:
             change_loss(patch, kill_at(stop, signal.SIGTERM))
         code = run(config, exp, resume=resume, devices=Devices(CPU.device, rank, rank, 2))
-    dist.destroy_process_group()
+    shutdown()
     os._exit(code)
 
 
