@@ -158,9 +158,7 @@ class TopKRouter(nn.Module):
     def __init__(self, channels: int, *, num_experts: int) -> None:
         super().__init__()
         self.score = nn.Linear(channels, num_experts)
-        self.shares = torch.zeros(
-            num_experts
-        )  # no buffer: what inference leaves cannot be written to
+        self.shares = torch.zeros(num_experts)  # no buffer: inference leaves it read-only
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         probability = at_least_float32(self.score(x.mean((2, 3)))).softmax(dim=1)  # (B, E)

@@ -19,8 +19,8 @@ log = logging.getLogger(__name__)
 Palette = Sequence[Sequence[int]]  # RGB of class 0, 1, ...
 UNKNOWN_LABEL = 255  # label value of a pixel without a class
 
-# By a format's first bytes: what begins its last block of pixels, what comes after that block.
 _JPEG, _PNG = b"\xff\xd8", b"\x89PNG"  # how such a file begins
+# By a format's first bytes: what begins its last block of pixels, what comes after that block.
 _LAST_BLOCKS = {_JPEG: (b"\xff\xda", b"\xff\xd9"), _PNG: (b"IDAT", b"IEND")}
 _TITLE_ROW = 28  # pixels
 _GAP = 4  # pixels between the pictures of a sheet

@@ -13,6 +13,7 @@ import torch
 
 from configs import load_config
 from engine.checkpoint import load_checkpoint
+from tests.engine.ports import free_port
 from utils.run_folder import RunFolder
 
 pytestmark = pytest.mark.slow
@@ -126,12 +127,6 @@ def launch(demo_dataset, tmp_path):
         if process.poll() is None:
             process.kill()
             process.communicate()
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 def wait_for(path: Path, text: str, *processes: subprocess.Popen) -> None:

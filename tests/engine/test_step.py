@@ -1,7 +1,6 @@
 """One training step: parts of a batch, bad numbers that change nothing, several ranks, memory."""
 
 import copy
-import socket
 from multiprocessing import get_context
 from typing import NamedTuple
 
@@ -20,6 +19,7 @@ from engine.state import TrainingState, build_state, check_batch
 from engine.step import recorded_steps, split_batch, summarize, train_step
 from models import CMFSOutput, build_model
 from models.text_prior import TextPrior
+from tests.engine.ports import free_port
 from utils.distributed import Devices, shutdown
 from utils.errors import InputError
 
@@ -320,9 +320,7 @@ def on_gpus(ranks: int, is_whole: bool, is_recorded: bool) -> list[GPUSteps]:
     """What gpu_steps leaves, by rank."""
     context = get_context("spawn")
     queue = context.Queue()
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     processes = [
         context.Process(target=gpu_steps, args=(rank, ranks, is_whole, is_recorded, port, queue))
         for rank in range(ranks)
