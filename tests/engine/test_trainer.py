@@ -659,10 +659,11 @@ def test_another_runs_checkpoint_is_resumed_in_an_empty_folder_alone(configure):
 
 
 def test_a_run_in_a_new_folder_finds_a_best_of_its_own(configure, monkeypatch):
-    let_validation_find(monkeypatch, [0.9, 0.1])
-    run(configure("train.epochs=1", "train.max_steps=2"))
+    let_validation_find(monkeypatch, [0.9, 0.5, 0.1])
+    run(configure("train.epochs=2", "train.batch_size=4", "train.val_every=1"))
     first = RunFolder(configure())
-    config = configure("train.epochs=3", "train.max_steps=4", "train.val_every=3")
+    assert load_checkpoint(first.last_checkpoint).training_state["best_miou"] == 0.9
+    config = configure("train.epochs=3", "train.batch_size=4", "train.val_every=3")
     run(config, "new", resume=str(first.last_checkpoint))
     assert load_checkpoint(RunFolder(config, "new").best_checkpoint).metrics["miou"] == 0.1
 
