@@ -61,6 +61,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--repeats", type=int, default=15)
+    parser.add_argument("--backend", default="auto", help="of our scans (default: auto)")
     arguments = parser.parse_args()
     torch.set_float32_matmul_precision("high")
     bandwidth = copy_bandwidth(arguments.repeats)
@@ -71,7 +72,7 @@ def main() -> None:
     print("|" + "---|" * 15)
     for name, *sizes, dtype in SCANS:
         sets = rotated(functools.partial(scan_inputs, *sizes, dtype))
-        ours = times(scan_with("triton"), sets, arguments.repeats)
+        ours = times(scan_with(arguments.backend), sets, arguments.repeats)
         theirs = times(scan_with("mamba_ssm"), sets, arguments.repeats) if has_mamba else None
         names = ("u", "delta", "A", "B", "C", "D", "bias")
         size = {n: x.nbytes for n, x in zip(names, sets[0], strict=True)}
@@ -86,7 +87,7 @@ def main() -> None:
     print("|" + "---|" * 15)
     for name, *sizes, hw, order in MAPS:
         sets = rotated(functools.partial(map_inputs, *sizes, hw))
-        runs = [map_with("triton", order)] + [map_with("mamba_ssm", order)] * has_mamba
+        runs = [map_with(arguments.backend, order)] + [map_with("mamba_ssm", order)] * has_mamba
         found = [(times(run, sets, arguments.repeats), peak(run, sets[0])) for run in runs]
         ours, theirs = found[0][0], found[1][0] if has_mamba else None
         memory = [f"{bytes_ / 1e6:.0f}" for _, bytes_ in found] + ["–"] * (not has_mamba)
@@ -108,10 +109,11 @@ def cells(
 
 
 def copy_bandwidth(repeats: int) -> float:
-    """Bytes read and written per second by a copy of 1 GB."""
+    """Bytes read and written per second by a copy of 1 GB, by a kernel or by the copy engine."""
     source = torch.randn(250_000_000, device="cuda")
     target = torch.empty_like(source)
-    return 2 * source.nbytes / graph_time([lambda: target.copy_(source)], repeats)
+    copies = (lambda: torch.neg(source, out=target), lambda: target.copy_(source))
+    return 2 * source.nbytes / min(graph_time([copy], repeats) for copy in copies)
 
 
 def scan_inputs(

@@ -95,7 +95,7 @@ class ModelConfig(_Section):
     text_prior: str  # path of a clip_text_<name>.safetensors ("{name}" stands for data.name in
     # lower case), or "orthogonal", the explicit stand-in without CLIP
     pretrained: Annotated[str | None, _none_word]  # path of the VMamba weights
-    scan_backend: Literal["auto", "reference", "chunked", "native", "triton", "mamba_ssm"]
+    scan_backend: Literal["auto", "reference", "chunked", "native", "cuda", "triton", "mamba_ssm"]
     recompute: bool = False  # in training; the default is for checkpoints older than the field
     drop_path: Annotated[float, Field(ge=0, lt=1)]  # rate at the last encoder block
     image_mean: tuple[float, float, float]  # standardisation inside each encoder

@@ -7,15 +7,17 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
+from models.ops.cuda.library import why_not
 from models.ops.native.library import load_library
 from models.ops.selective_scan.chunked import selective_scan_chunked
+from models.ops.selective_scan.cuda import selective_scan_cuda
 from models.ops.selective_scan.native import selective_scan_native
 from models.ops.selective_scan.reference import selective_scan_reference
 from models.ops.triton_support import has_triton
 
 log = logging.getLogger(__name__)
 
-Backend = Literal["auto", "reference", "chunked", "native", "triton", "mamba_ssm"]
+Backend = Literal["auto", "reference", "chunked", "native", "cuda", "triton", "mamba_ssm"]
 BACKENDS: tuple[str, ...] = get_args(Backend)
 
 
@@ -65,6 +67,8 @@ def fastest_backend(device_type: str, is_float64: bool) -> str:
 def _find_fastest(device_type: str, is_float64: bool) -> str:
     if is_float64:
         backend = "chunked"  # the only fast one with a state of float64
+    elif device_type == "cuda" and why_not() is None:
+        backend = "cuda"
     elif device_type == "cuda" and has_triton():
         backend = "triton"
     elif device_type == "cpu" and load_library() is not None:
@@ -82,6 +86,8 @@ def _implementation(backend: str, device_type: str):
         return selective_scan_chunked
     if backend == "native":
         return selective_scan_native
+    if backend == "cuda":
+        return selective_scan_cuda
     if backend == "triton":
         return _triton()
     if backend == "mamba_ssm":

@@ -5,6 +5,7 @@ from torch import Tensor
 
 from models.ops.selective_scan.dispatch import fastest_backend
 from models.ops.ss2d_scan.composed import ss2d_scan_composed
+from models.ops.ss2d_scan.cuda import ss2d_scan_cuda
 from models.ops.ss2d_scan.native import ss2d_scan_native
 from models.ops.ss2d_scan.reference import ss2d_scan_reference
 
@@ -52,6 +53,8 @@ def ss2d_scan(
         return ss2d_scan_reference(*arguments)
     if backend == "native":
         return ss2d_scan_native(*arguments)
+    if backend == "cuda":
+        return ss2d_scan_cuda(*arguments)
     if backend == "triton":
         return _triton()(*arguments)
     return ss2d_scan_composed(*arguments, backend)

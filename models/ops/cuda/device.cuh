@@ -1,0 +1,71 @@
+// What the language lacks: instructions of the GPU, and functions of the scan's step sizes.
+#pragma once
+
+#include "numbers.cuh"
+
+#define ALL 0xffffffffu  // lanes
+#define NOT_YET 0xffffffffu
+#define LOG2_E 1.4426950408889634f
+#define LN_2 0.6931471805599453f
+
+#ifndef CMFS_EMULATED
+__device__ inline float exp2_fast(float x) {
+    float out;
+    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(out) : "f"(x));
+    return out;
+}
+// For the compiler x changes here: it neither looks at it before nor computes it again after.
+__device__ inline void keep(unsigned &x) { asm volatile("" : "+r"(x)); }
+__device__ inline void keep(float &x) { asm volatile("" : "+f"(x)); }
+__device__ inline void keep(int &x) { asm volatile("" : "+r"(x)); }
+// The same, not to be left to a branch.
+__device__ inline float exp2_always(float x) {
+    float out;
+    asm volatile("ex2.approx.ftz.f32 %0, %1;" : "=f"(out) : "f"(x));
+    return out;
+}
+// `bytes` (8 or 16) to shared memory; zeros where `is_there` is false.
+template <int bytes>
+__device__ inline void copy_later(void *to, const void *from, bool is_there) {
+    unsigned at = (unsigned)__cvta_generic_to_shared(to);
+    int count = is_there ? bytes : 0;
+    asm volatile("cp.async.ca.shared.global [%0], [%1], %2, %3;"
+                 ::"r"(at), "l"(from), "n"(bytes), "r"(count) : "memory");
+}
+__device__ inline void wait_for_copies() { asm volatile("cp.async.wait_all;" ::: "memory"); }
+__device__ inline int read_flag(const int *flag) {
+    int value;
+    asm volatile("ld.acquire.cta.shared.s32 %0, [%1];"
+                 : "=r"(value) : "r"((unsigned)__cvta_generic_to_shared(flag)) : "memory");
+    return value;
+}
+__device__ inline void write_flag(int *flag, int value) {
+    asm volatile("st.release.cta.shared.s32 [%0], %1;"
+                 ::"r"((unsigned)__cvta_generic_to_shared(flag)), "r"(value) : "memory");
+}
+#define WHILE_WAITING
+#endif
+
+// log(1 + e^x) to full relative precision; log1p(z) / z on [0, 1] by a polynomial (2e-7).
+__device__ inline float softplus(float x) {
+    float z = exp2_fast(-fabsf(x) * LOG2_E);
+    float p = 0.005126102361828089f * z - 0.029074065387248993f;
+    p = p * z + 0.0775160863995552f;
+    p = p * z - 0.13602247834205627f;
+    p = p * z + 0.19076880812644958f;
+    p = p * z - 0.2483539879322052f;
+    p = p * z + 0.3331812024116516f;
+    p = p * z - 0.4999944567680359f;
+    p = p * z + 0.9999999403953552f;
+    return fmaxf(x, 0.0f) + p * z;
+}
+
+// The slope of softplus where its value is dt: 1 - e^-dt, by its series where dt is small.
+__device__ inline float softplus_slope(float dt) {
+    float p = dt * (1.0f / 120) - (1.0f / 24);
+    p = p * dt + 1.0f / 6;
+    p = p * dt - 0.5f;
+    p = p * dt + 1.0f;
+    float large = 1.0f - exp2_always(-dt * LOG2_E);
+    return dt < 0.125f ? dt * p : large;
+}

@@ -1,0 +1,145 @@
+// What the selective scan's kernels for NVIDIA GPUs share: their arguments, and who does what.
+//
+// One pair of kernels for many states (scan_many.cu) and one for a single state a channel
+// (scan_single.cu) serve selective_scan and the four directions of ss2d_scan: groups of channels
+// share B and C; a group of the second walk goes from the last token to the first; dt is given, or
+// made here of dt_low and its weight.
+//
+// SEGMENT lanes of a warp share ROWS channels of 256 tokens: each lane holds STEPS tokens one after
+// the other in registers and walks through the states. The warps of a block lie side by side along
+// the tokens or take different channels, which share B and C. A block does so in several passes,
+// with new channels in each, whose tokens are on their way while it is at those before.
+//
+// A chunk is what a block covers of the sequence. It takes over the state of the chunk before it
+// while the kernel runs: what is handed on is NOT_YET until its writer puts a number there, so that
+// no other flag is needed. Blocks draw tickets in the order of their chunks, which means that
+// whoever waits, waits for a block that is running or done. Each number is computed from the same
+// values in the same order in every run: deterministic. What the forward leaves is what the
+// backward starts from.
+//
+// Compiled for one of the kernels with macros: TOKENS and MATRIX (float, bf16 or half: type of u,
+// delta, y; of B, C, dt_low), SEGMENT, STEPS, ROWS, TOKEN_WARPS and ROW_WARPS (of a block), BLOCKS
+// (on a multiprocessor at least, which divide its registers), STAGE (states of B and C, or half the
+// rows of dt_low, in shared memory at a time), REVERSIBLE (1: there are two walks), ALIGNED (1: the
+// length is a multiple of four and so is each row's address) and PREFETCH (1: aligned, and the GPU
+// copies to shared memory by itself).
+#pragma once
+
+#include "device.cuh"
+
+#define WARP_ROWS (ROWS * (LANES / SEGMENT))
+#define THREADS (TOKEN_WARPS * ROW_WARPS * LANES)
+#define CHUNK (TOKEN_WARPS * SEGMENT * STEPS)
+#define PIECES (STEPS / 4)  // of four tokens, that a lane reads and writes at once
+#define EACH_ROW _Pragma("unroll") for (int r = 0; r < ROWS; r++)
+#define EACH_STEP _Pragma("unroll") for (int i = 0; i < STEPS; i++)
+#define EACH_STEP_BACK _Pragma("unroll") for (int i = STEPS - 1; i >= 0; i--)
+
+// What both kernels are given. group = walk * sources + source; "own" strides are those of tensors
+// that each group has for itself, the plain ones of those that the walks of a source share.
+struct Scan {
+    const TOKENS *u, *delta;
+    const MATRIX *low, *B, *C;  // low: dt_low, or null where delta is given
+    const float *A, *D, *bias, *weight;  // (groups, channels[, states or rank])
+    TOKENS *y;
+    float *borders;  // what chunks hand on
+    int *ticket;
+    const TOKENS *grad_y;
+    float *grad_borders;  // the same of the gradients, from the last chunk to the first
+    TOKENS *grad_u, *grad_delta;
+    float *grad_matrices;  // of B and C, a part for each block of channels
+    float *grad_rows;  // (batch, chunks * TOKEN_WARPS, groups, channels, states + 2): A, D, bias
+    long long source_stride, grad_source_stride, batch_stride;  // u, dy
+    long long own_source_stride, own_batch_stride, own_walk_stride;
+    long long matrix_source_stride, matrix_batch_stride, matrix_walk_stride;
+    long long part_stride, part_kind_stride;
+    long long part_source_stride, part_batch_stride, part_walk_stride;
+    int batch, groups, sources, channels, length, states, rank, chunks, blocks, passes;
+    int softplus, zero;  // zero: what the compiler does not know
+};
+
+// Of a block, in shared memory: registers are scarce.
+struct Place {
+    int group, source, batch, chunk, block;
+    int reversed;
+    long long shared, grad, own, matrix;  // offsets of a group's first channel, and of its B
+};
+
+// Of a thread.
+struct Self {
+    int lane, token_warp, row_warp;  // lane: of its segment
+    int at;                          // its first step
+};
+
+// Where this block works; blocks that start later never have an earlier chunk.
+__device__ inline void take_place(const Scan &scan, bool backward, Place &place, Self &self) {
+    if (threadIdx.x == 0) {
+        int rest = atomicAdd(scan.ticket, 1) + 1;  // it begins as NOT_YET, -1
+        place.block = rest % scan.blocks, rest /= scan.blocks;
+        place.group = rest % scan.groups, rest /= scan.groups;
+        place.batch = rest % scan.batch, rest /= scan.batch;
+        place.chunk = backward ? scan.chunks - 1 - rest : rest;
+        int walk = place.group / scan.sources;
+        long long source = place.group % scan.sources, batch = place.batch;
+        place.source = source;
+        place.reversed = walk > 0;
+        place.shared = source * scan.source_stride + batch * scan.batch_stride;
+        place.grad = source * scan.grad_source_stride + batch * scan.batch_stride;
+        place.own = source * scan.own_source_stride + batch * scan.own_batch_stride +
+                    walk * scan.own_walk_stride;
+        place.matrix = source * scan.matrix_source_stride + batch * scan.matrix_batch_stride +
+                       walk * scan.matrix_walk_stride;
+    }
+    __syncthreads();
+    int warp = threadIdx.x / LANES;
+    self.lane = threadIdx.x % SEGMENT;
+    self.token_warp = warp % TOKEN_WARPS, self.row_warp = warp / TOKEN_WARPS;
+    self.at = place.chunk * CHUNK + (self.token_warp * SEGMENT + self.lane) * STEPS;
+}
+
+// The channels of a lane in one pass.
+struct Rows {
+    int row[ROWS];  // within the group; of one that is not there, the last that is
+    bool is_there[ROWS];
+    int first;  // of a pair; may not be there
+};
+
+__device__ inline Rows rows_of(const Scan &scan, const Place &place, const Self &self, int pass) {
+    Rows rows;
+    rows.first = ((place.block * scan.passes + pass) * ROW_WARPS + self.row_warp) * WARP_ROWS;
+    rows.first += threadIdx.x % LANES / SEGMENT * ROWS;
+    EACH_ROW {
+        rows.is_there[r] = rows.first + r < scan.channels;
+        rows.row[r] = min(rows.first + r, scan.channels - 1);
+    }
+    return rows;
+}
+
+// What belongs to the channels.
+struct Scalars {
+    float bias[ROWS], skip[ROWS];
+    float rates[ROWS];  // of 16 states, one a lane, from which they are read; decay for base 2
+};
+
+__device__ inline long long channel_of(const Scan &scan, const Place &place, const Rows &rows,
+                                       int r) {
+    return (long long)place.group * scan.channels + rows.row[r];
+}
+
+__device__ inline void load_rates(const Scan &scan, const Place &place, const Rows &rows,
+                                  int first, Scalars &scalars) {
+    int n = min(first + (int)threadIdx.x % 16, scan.states - 1);
+    EACH_ROW scalars.rates[r] =
+        scan.A[channel_of(scan, place, rows, r) * scan.states + n] * LOG2_E;
+}
+
+__device__ inline Scalars scalars_of(const Scan &scan, const Place &place, const Rows &rows) {
+    Scalars scalars;
+    EACH_ROW {
+        long long channel = channel_of(scan, place, rows, r);
+        scalars.bias[r] = scan.bias == nullptr ? 0.0f : scan.bias[channel];
+        scalars.skip[r] = scan.D == nullptr ? 0.0f : scan.D[channel];
+    }
+    load_rates(scan, place, rows, 0, scalars);
+    return scalars;
+}

@@ -1,0 +1,283 @@
+"""Both scans on CUDA: which block does what, and the launches of scan.cu.
+
+Tensors come as views by what varies: "source", the sequences that are scanned (groups of a
+selective scan, the two orders of a map), "walk", the ways in which each is (a map: two), image,
+channel and token. Group = walk · sources + source.
+"""
+
+import ctypes
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from models.ops.cuda import library
+
+# Blocks take new channels in further passes while there are as many: for each multiprocessor of a
+# large GPU eight in a forward and four, which leave fewer sums to add, in a backward.
+_ENOUGH_BLOCKS = {"forward": 1056, "backward": 528}
+
+
+class Scan(NamedTuple):
+    """What is scanned.
+
+    u: of each source (batch, D, L); equally far apart in memory, and of equal strides.
+    delta: (sources, batch, walks, D, L), or None where dt = weight · low.
+    low: (sources, batch, walks, R, L), or None.
+    B, C: (sources, batch, walks, N, L), of one dtype with low.
+    A: (groups, D, N); D, bias: (groups, D) or None; weight: (groups, D, R) or None; float32.
+    """
+
+    u: tuple[Tensor, ...]
+    delta: Tensor | None
+    low: Tensor | None
+    B: Tensor
+    C: Tensor
+    A: Tensor
+    D: Tensor | None
+    bias: Tensor | None
+    weight: Tensor | None
+    softplus: bool
+
+    @property
+    def sizes(self) -> tuple[int, int, int, int]:
+        """Groups, batch, channels, length."""
+        return self.A.shape[0], *self.u[0].shape
+
+    @property
+    def states(self) -> int:
+        return self.A.shape[2]
+
+    @property
+    def rank(self) -> int:
+        return 0 if self.low is None else self.low.shape[3]
+
+
+class _Arguments(ctypes.Structure):
+    """The struct Scan of scan.cu."""
+
+    _fields_ = [
+        *((name, ctypes.c_void_p) for name in (
+            "u", "delta", "low", "B", "C", "A", "D", "bias", "weight", "y", "borders", "ticket",
+            "grad_y", "grad_borders", "grad_u", "grad_delta", "grad_matrices", "grad_rows",
+        )),
+        *((name, ctypes.c_longlong) for name in (
+            "source_stride", "grad_source_stride", "batch_stride",
+            "own_source_stride", "own_batch_stride", "own_walk_stride",
+            "matrix_source_stride", "matrix_batch_stride", "matrix_walk_stride",
+            "part_stride", "part_kind_stride",
+            "part_source_stride", "part_batch_stride", "part_walk_stride",
+        )),
+        *((name, ctypes.c_int) for name in (
+            "batch", "groups", "sources", "channels", "length", "states", "rank", "chunks",
+            "blocks", "passes", "softplus", "zero",
+        )),
+    ]  # fmt: skip
+
+
+class _Layout(NamedTuple):
+    """How a kernel cuts its work; the names are scan.cu's."""
+
+    single: int
+    segment: int
+    steps: int
+    rows: int
+    token_warps: int
+    row_warps: int
+    blocks: int
+
+    @property
+    def chunk(self) -> int:
+        """Tokens of a block: from one kept state to the next."""
+        return self.token_warps * self.segment * self.steps
+
+    @property
+    def warp_rows(self) -> int:
+        """Channels of a warp."""
+        return self.rows * 32 // self.segment
+
+    @property
+    def block_rows(self) -> int:
+        """Channels of a block at a time."""
+        return self.warp_rows * self.row_warps
+
+    @property
+    def threads(self) -> int:
+        """Of a block."""
+        return 32 * self.token_warps * self.row_warps
+
+
+def _layout(name: str, length: int, states: int, rank: int) -> _Layout:
+    """What was fastest; a forward and its backward have the same chunks and rows of a warp."""
+    if states > 1:
+        many = {"forward": _Layout(0, 16, 16, 1, 1, 8, 2), "backward": _Layout(0, 32, 8, 2, 1, 8, 1)}
+        return many[name]
+    # long sequences of one state are limited by memory alone: few borders, many tokens a block
+    token_warps = 4 if length > 2048 and rank <= 16 else 1
+    return _Layout(1, 32, 8, 1, token_warps, 4 // token_warps, 6 if name == "forward" else 4)
+
+
+def count_borders(
+    batch: int, groups: int, channels: int, length: int, states: int, rank: int = 0
+) -> int:
+    """Numbers that a forward leaves for the backward: states between chunks, and a counter."""
+    layout = _layout("forward", length, states, rank)
+    chunks = math.ceil(length / layout.chunk)
+    # of many states two rows are read and written at once
+    width = channels if layout.single else math.ceil(channels / 2) * 2
+    return batch * groups * max(chunks - 1, 0) * width * states + 1
+
+
+def scan_forward(scan: Scan, y: Tensor) -> Tensor:
+    """Fill y (sources, batch, walks, D, L); return the states between chunks, flat."""
+    groups, batch, channels, length = scan.sizes
+    count = count_borders(batch, groups, channels, length, scan.states, scan.rank)
+    borders = _not_yet(count, scan.A)
+    if y.numel():
+        arguments = _arguments("forward", scan, y, borders)
+        arguments.y = y.data_ptr()
+        arguments.ticket = borders[-1:].data_ptr()
+        _launch("forward", scan, arguments, (y,))
+    return borders
+
+
+def scan_backward(
+    scan: Scan,
+    borders: Tensor,
+    grad_y: tuple[Tensor, ...],
+    grad_u: Tensor,
+    grad_delta: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """Fill the gradients of u and of delta (of weight · low, where dt is made of these).
+
+    Args:
+        borders: what scan_forward returned.
+        grad_y: of each source (batch, D, L), laid out like u: all walks of a source share it.
+        grad_u, grad_delta: (sources, batch, walks, D, L).
+    Returns:
+        Float32 gradients of B and C (parts, sources, batch, walks, 2, N, L), to be summed over the
+        parts, and of A, D and the bias (groups, D, N + 2).
+    """
+    groups, batch, channels, length = scan.sizes
+    states = scan.states
+    *by_walk, _, _ = scan.B.shape
+    if not grad_u.numel():
+        return (scan.A.new_zeros(1, *by_walk, 2, states, length),
+                scan.A.new_zeros(groups, channels, states + 2))  # fmt: skip
+    grad_borders = _not_yet(borders.numel(), scan.A)
+    arguments = _arguments("backward", scan, grad_u, borders)
+    parts = scan.A.new_empty(arguments.blocks, *by_walk, 2, states, length)
+    token_warps = _layout("backward", length, states, scan.rank).token_warps
+    rows = scan.A.new_empty(batch * arguments.chunks * token_warps, groups, channels, states + 2)
+    arguments.grad_y = grad_y[0].data_ptr()
+    arguments.grad_source_stride = _distance(grad_y)
+    arguments.grad_borders = grad_borders.data_ptr()
+    arguments.ticket = grad_borders[-1:].data_ptr()
+    arguments.grad_u, arguments.grad_delta = grad_u.data_ptr(), grad_delta.data_ptr()
+    arguments.grad_matrices, arguments.grad_rows = parts.data_ptr(), rows.data_ptr()
+    (arguments.part_stride, arguments.part_source_stride, arguments.part_batch_stride,
+     arguments.part_walk_stride, arguments.part_kind_stride) = parts.stride()[:5]  # fmt: skip
+    _launch("backward", scan, arguments, (*grad_y, grad_u, grad_delta, parts))
+    return parts, rows.sum(0)
+
+
+def _not_yet(count: int, like: Tensor) -> Tensor:
+    """Words of which none can be read yet (NOT_YET in scan.cu), the last of them the counter."""
+    words = torch.full((count,), -1, dtype=torch.int32, device=like.device)
+    return words.view(torch.float32)
+
+
+def _arguments(name: str, scan: Scan, own: Tensor, borders: Tensor) -> _Arguments:
+    """All that the forward and the backward share; `own` has the strides of y, or of gradients."""
+    groups, batch, channels, length = scan.sizes
+    layout = _layout(name, length, scan.states, scan.rank)
+    chunks = math.ceil(length / layout.chunk)
+    # how often a block takes new rows: its sums over rows hold one stage of states
+    passes = 16 if layout.single else 4 if scan.states <= _stage(scan.u[0].device) else 1
+    while passes > 1 and (
+        batch * groups * chunks * math.ceil(channels / (layout.block_rows * passes))
+        < _ENOUGH_BLOCKS[name]
+    ):
+        passes //= 2
+    pointers = {
+        name: 0 if x is None else x.data_ptr()
+        for name, x in scan._asdict().items()
+        if name not in ("u", "softplus")
+    }
+    own_source_stride, own_batch_stride, own_walk_stride = own.stride()[:3]
+    matrix_source_stride, matrix_batch_stride, matrix_walk_stride = scan.B.stride()[:3]
+    return _Arguments(
+        **pointers,
+        u=scan.u[0].data_ptr(),
+        borders=borders.data_ptr(),
+        source_stride=_distance(scan.u),
+        batch_stride=scan.u[0].stride(0),
+        own_source_stride=own_source_stride,
+        own_batch_stride=own_batch_stride,
+        own_walk_stride=own_walk_stride,
+        matrix_source_stride=matrix_source_stride,
+        matrix_batch_stride=matrix_batch_stride,
+        matrix_walk_stride=matrix_walk_stride,
+        batch=batch,
+        groups=groups,
+        sources=len(scan.u),
+        channels=channels,
+        length=length,
+        states=scan.states,
+        rank=scan.rank,
+        chunks=chunks,
+        blocks=math.ceil(channels / (layout.block_rows * passes)),
+        passes=passes,
+        softplus=scan.softplus,
+    )
+
+
+def _stage(device: torch.device) -> int:
+    """States of B and C in shared memory at a time: fewer where there is little of it."""
+    return 16 if library.shared_bytes(device) >= 200_000 else 8
+
+
+def _launch(name: str, scan: Scan, arguments: _Arguments, others: tuple[Tensor, ...]) -> None:
+    tensors = [*scan.u, scan.delta, scan.low, scan.B, scan.C, *others]
+    is_aligned = arguments.length % 4 == 0 and all(
+        x.data_ptr() % (4 * x.element_size()) == 0 for x in tensors if x is not None
+    )
+    device, tokens = scan.A.device, scan.u[0].dtype
+    layout = _layout(name, arguments.length, scan.states, scan.rank)
+    stage, is_backward = _stage(device), name == "backward"
+    tile_rows = min(scan.rank, 2 * stage)  # of a chunk each
+    if not layout.single:
+        tile_rows += 2 * min(scan.states, stage) * (1 + is_backward)
+    elif is_backward and layout.row_warps > 1:
+        tile_rows += 2
+    tile_bytes = 4 * layout.chunk * tile_rows
+    arrays = 1 + 2 * is_backward + (scan.delta is not None)
+    slot_bytes = arrays * layout.rows * layout.steps * layout.threads * tokens.itemsize
+    has_copies = is_aligned and library.copies_to_shared(device)
+    has_copies &= tile_bytes + slot_bytes <= library.shared_bytes(device)
+    definitions = {
+        "TOKENS": library.TYPES[tokens],
+        "MATRIX": library.TYPES[scan.B.dtype],
+        **{name.upper(): value for name, value in layout._asdict().items() if name != "single"},
+        "STAGE": stage,
+        "REVERSIBLE": int(arguments.groups > arguments.sources),
+        "ALIGNED": int(is_aligned),
+        "PREFETCH": int(has_copies),
+    }
+    library.launch(
+        "scan_single.cu" if layout.single else "scan_many.cu",
+        tuple(f"{macro}={value}" for macro, value in definitions.items()),
+        name,
+        arguments.blocks * arguments.groups * arguments.batch * arguments.chunks,
+        layout.threads,
+        tile_bytes + has_copies * slot_bytes,
+        arguments,
+        scan.A,
+    )
+
+
+def _distance(sources: tuple[Tensor, ...]) -> int:
+    """Elements from the first token of a source to that of the next."""
+    first, second = sources[0], sources[min(1, len(sources) - 1)]
+    return (second.data_ptr() - first.data_ptr()) // first.element_size()

@@ -1,0 +1,239 @@
+// The selective scan of one state a channel, forward and backward: limited by memory.
+//
+// The warps of a block lie side by side along the tokens of long sequences, so that borders between
+// chunks are few: a chunk waits for the one before it. Sums for B and C stay in registers.
+
+#include "steps.cuh"
+
+// Borders are (batch, groups, chunks - 1, channels): where a row's border after chunk `chunk` lies.
+__device__ inline long long border_of(const Scan &scan, const Place &place, const Rows &rows,
+                                      int chunk) {
+    long long sequence = (long long)place.batch * scan.groups + place.group;
+    return (sequence * (scan.chunks - 1) + chunk) * scan.channels + rows.row[0];
+}
+
+// A state at a border; 0 where nothing is handed on.
+__device__ inline unsigned look(const float *at, bool is_there) {
+    unsigned border = 0;
+    read_handed(at, is_there, border);
+    return border;
+}
+
+// What the warps of a block hand to one another along the tokens; two sets, used in turn.
+struct Totals {
+    float decay, end, back;
+};
+
+// What comes before or after a warp in its block.
+struct Others {
+    float decay, end;
+};
+
+#if TOKEN_WARPS > 1
+#define DECLARE_TOTALS __shared__ Totals totals[2][ROW_WARPS][TOKEN_WARPS]
+#else
+#define DECLARE_TOTALS Totals totals[2][ROW_WARPS][1]  // none are handed on
+#endif
+
+__device__ inline Others warps_before(const Totals (&totals)[TOKEN_WARPS], int warp) {
+    Others out = {1.0f, 0.0f};
+#pragma unroll
+    for (int w = 0; w < TOKEN_WARPS - 1; w++)
+        if (w < warp) {
+            out.end = fmaf(totals[w].decay, out.end, totals[w].end);
+            out.decay *= totals[w].decay;
+        }
+    return out;
+}
+
+__device__ inline Others warps_after(const Totals (&totals)[TOKEN_WARPS], int warp) {
+    Others out = {1.0f, 0.0f};
+#pragma unroll
+    for (int w = TOKEN_WARPS - 1; w > 0; w--)
+        if (w > warp) {
+            out.end = fmaf(totals[w].decay, out.end, totals[w].back);
+            out.decay *= totals[w].decay;
+        }
+    return out;
+}
+
+// decay, end of lanes from those of their warp to those of the block.
+__device__ inline void add_others(const Others &others, float (&decay)[ROWS], float (&end)[ROWS]) {
+    end[0] = fmaf(decay[0], others.end, end[0]);
+    decay[0] *= others.decay;
+}
+
+__device__ inline Four<TOKENS> *slots_of(const Scan &scan, float4 *shared, int tile_rows) {
+    return (Four<TOKENS> *)(shared + TILE_ROW * (min(scan.rank, 2 * STAGE) + tile_rows));
+}
+
+extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) forward(const Scan scan) {
+    DYNAMIC_SHARED(float4, shared);
+    DECLARE_TOTALS;
+    __shared__ Place taken;
+    Self self;
+    take_place(scan, false, taken, self);
+    const Place place = taken;
+    Four<TOKENS> *slots = slots_of(scan, shared, 0);
+    int length = scan.length;
+    bool hands_on = place.chunk + 1 < scan.chunks && self.lane == LANES - 1 &&
+                    self.token_warp == TOKEN_WARPS - 1;
+    Rows rows = rows_of(scan, place, self, 0);
+    fetch_inputs(scan, place, self, rows, slots, slots + SLOTS);
+    Scalars scalars = scalars_of(scan, place, rows);
+    float b[STEPS], c[STEPS];
+    load_tokens(scan.B + place.matrix, self.at, length, place.reversed, b);
+    load_tokens(scan.C + place.matrix, self.at, length, place.reversed, c);
+
+    for (int pass = 0; pass < scan.passes; pass++) {
+        Tokens dt, input, y, decay;
+        float span[ROWS], whole[ROWS], end[ROWS], state[ROWS];
+        bool is_there = rows.is_there[0];
+        const float *entry = scan.borders + border_of(scan, place, rows, place.chunk - 1);
+        float *way_out = scan.borders + border_of(scan, place, rows, place.chunk);
+        unsigned border = look(entry, place.chunk > 0 && is_there);
+        if (PREFETCH) wait_for_copies();
+        take_tokens(scan.u + place.shared + (long long)rows.row[0] * length, slots, 0, self.at,
+                    length, place.reversed, input[0]);
+        step_sizes(scan, place, self, rows, scalars, slots + SLOTS, shared, pass == 0, dt);
+        EACH_STEP y[0][i] = scalars.skip[0] * input[0][i];
+        begin_rows(dt, input, span);
+        Rows coming = rows_of(scan, place, self, pass + 1);
+        float rate[ROWS] = {scalars.rates[0]};
+        if (PREFETCH && pass + 1 < scan.passes)
+            fetch_inputs(scan, place, self, coming, slots, slots + SLOTS);
+        scalars = scalars_of(scan, place, coming);
+
+        walk(dt, input, span, rate, b, decay, whole, end);
+        join_lanes(whole, end);
+        Others before = {1.0f, 0.0f};
+        if (TOKEN_WARPS > 1) {
+            Totals(&total)[TOKEN_WARPS] = totals[pass % 2][self.row_warp];
+            if (self.lane == LANES - 1) total[self.token_warp] = {whole[0], end[0], 0.0f};
+            __syncthreads();
+            before = warps_before(total, self.token_warp);
+            add_others(before, whole, end);
+        }
+        wait_for(scan, entry, end[0], border);
+        float carry = __uint_as_float(border);
+        float last = fmaf(whole[0], carry, end[0]);
+        if (hands_on && is_there) write_handed(way_out, __float_as_uint(last));
+        state[0] = from_lane_before(last, fmaf(before.decay, carry, before.end), self.lane);
+        add_outputs(decay, input, b, c, state, y);
+        if (is_there)
+            store_tokens(scan.y + place.own + (long long)rows.row[0] * length, self.at, length,
+                         place.reversed, y[0]);
+        rows = coming;
+    }
+}
+
+// Sums for B and C of all warps of the block with the same tokens, to where the block's part lies.
+__device__ inline void store_sums(const Scan &scan, const Place &place, const Self &self,
+                                  float4 *sums, float (&for_b)[STEPS], float (&for_c)[STEPS]) {
+    sums += self.token_warp * WARP_ROW + self.lane;
+    for (int warp = 0; warp < ROW_WARPS && ROW_WARPS > 1; warp++) {
+        if (warp == self.row_warp && warp == 0) {
+            write_tile(sums, for_b);
+            write_tile(sums + TILE_ROW, for_c);
+        } else if (warp == self.row_warp) {
+            add_to_tile(sums, for_b);
+            add_to_tile(sums + TILE_ROW, for_c);
+        }
+        __syncthreads();
+    }
+    if (self.row_warp > 0) return;
+    if (ROW_WARPS > 1) {
+        read_tile(sums, for_b);
+        read_tile(sums + TILE_ROW, for_c);
+    }
+    float *parts = parts_of(scan, place);
+    store_tokens(parts, self.at, scan.length, place.reversed, for_b);
+    store_tokens(parts + scan.part_kind_stride, self.at, scan.length, place.reversed, for_c);
+}
+
+extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) backward(const Scan scan) {
+    DYNAMIC_SHARED(float4, shared);
+    DECLARE_TOTALS;
+    __shared__ Place taken;
+    Self self;
+    take_place(scan, true, taken, self);
+    const Place place = taken;
+    // u twice: it is needed once more at the end of a pass
+    Four<TOKENS> *u_slots = slots_of(scan, shared, ROW_WARPS > 1 ? 2 : 0);
+    Four<TOKENS> *grad_slots = u_slots + 2 * SLOTS, *delta_slots = grad_slots + SLOTS;
+    int length = scan.length;
+    bool has_before = place.chunk > 0;
+    bool hands_on = has_before && self.lane == 0 && self.token_warp == 0;
+    Rows rows = rows_of(scan, place, self, 0);
+    fetch_inputs(scan, place, self, rows, u_slots, delta_slots);
+    fetch_gradients(scan, place, self, rows, grad_slots);
+    Scalars scalars = scalars_of(scan, place, rows);
+    float b[STEPS], c[STEPS], for_b[STEPS] = {}, for_c[STEPS] = {};
+    load_tokens(scan.B + place.matrix, self.at, length, place.reversed, b);
+    load_tokens(scan.C + place.matrix, self.at, length, place.reversed, c);
+
+    for (int pass = 0; pass < scan.passes; pass++) {
+        Tokens dt, input, dy, decay;
+        float span[ROWS], whole[ROWS], end[ROWS], whole_back[ROWS], end_back[ROWS];
+        float state[ROWS], back[ROWS], for_rate[ROWS];
+        ForTokens token_sums = {};
+        bool is_there = rows.is_there[0];
+        const Four<TOKENS> *slots = u_slots + pass % 2 * SLOTS;
+        const float *late = scan.grad_borders + border_of(scan, place, rows, place.chunk);
+        float *way_out = scan.grad_borders + border_of(scan, place, rows, place.chunk - 1);
+        unsigned border = look(late, place.chunk + 1 < scan.chunks && is_there);
+        unsigned inherited = look(scan.borders + border_of(scan, place, rows, place.chunk - 1),
+                                  has_before && is_there);
+        if (PREFETCH) wait_for_copies();
+        long long start = (long long)rows.row[0] * length;
+        take_tokens(scan.u + place.shared + start, slots, 0, self.at, length, place.reversed,
+                    input[0]);
+        take_tokens(scan.grad_y + place.grad + start, grad_slots, 0, self.at, length,
+                    place.reversed, dy[0]);
+        if (!is_there) EACH_STEP dy[0][i] = 0.0f;
+        step_sizes(scan, place, self, rows, scalars, delta_slots, shared, pass == 0, dt);
+        begin_rows(dt, input, span);
+        Rows coming = rows_of(scan, place, self, pass + 1);
+        if (PREFETCH && pass + 1 < scan.passes) {
+            fetch_inputs(scan, place, self, coming, u_slots + (pass + 1) % 2 * SLOTS, delta_slots);
+            fetch_gradients(scan, place, self, coming, grad_slots);
+        }
+        Scalars next = scalars_of(scan, place, coming);
+
+        walk(dt, input, span, scalars.rates, b, decay, whole, end);
+        walk_back(decay, dy, c, end_back);
+        whole_back[0] = whole[0];
+        float unused = 0.0f;
+        join_lanes(whole, end, whole_back, end_back, unused);
+        Others before = {1.0f, 0.0f}, after = {1.0f, 0.0f};
+        if (TOKEN_WARPS > 1) {
+            Totals(&total)[TOKEN_WARPS] = totals[pass % 2][self.row_warp];
+            if (self.lane == LANES - 1) {
+                total[self.token_warp].decay = whole[0];
+                total[self.token_warp].end = end[0];
+            }
+            if (self.lane == 0) total[self.token_warp].back = end_back[0];
+            __syncthreads();
+            before = warps_before(total, self.token_warp);
+            after = warps_after(total, self.token_warp);
+            add_others(after, whole_back, end_back);
+        }
+        float carry = __uint_as_float(inherited);
+        carry = fmaf(before.decay, carry, before.end);
+        wait_for(scan, late, end_back[0], border);
+        float from = __uint_as_float(border);
+        float last = fmaf(whole_back[0], from, end_back[0]);
+        if (hands_on && is_there) write_handed(way_out, __float_as_uint(last));
+        back[0] = from_lane_after(last, fmaf(after.decay, from, after.end), self.lane);
+        state[0] = from_lane_before(fmaf(whole[0], carry, end[0]), carry, self.lane);
+        add_gradients(dt, input, dy, decay, scalars.rates, b, c, state, back, for_b, for_c,
+                      token_sums, for_rate);
+        RowSums row_sums = row_sums_of(scan, place, self, rows);
+        float sum = sum_half(halve_lanes(for_rate, self.lane));
+        if (row_sums.is_writer) row_sums.at[0] = sum;
+        finish_rows(scan, place, self, rows, scalars, slots, dt, dy, token_sums, row_sums);
+        rows = coming;
+        scalars = next;
+    }
+    store_sums(scan, place, self, shared + TILE_ROW * min(scan.rank, 2 * STAGE), for_b, for_c);
+}

@@ -1,0 +1,142 @@
+// The recurrence inside a lane, forward and backward, for one state of its rows.
+#pragma once
+
+#include "inputs.cuh"
+#include "lanes.cuh"
+
+typedef float Tokens[ROWS][STEPS];
+
+// decay: of each token. whole, end: of the lane, and what it hands on if zero enters it. Rates are
+// for base 2; span is the sum of dt.
+__device__ inline void walk(const Tokens &dt, const Tokens &input, const float (&span)[ROWS],
+                            const float (&rate)[ROWS], const float (&b)[STEPS], Tokens &decay,
+                            float (&whole)[ROWS], float (&end)[ROWS]) {
+    EACH_ROW {
+        whole[r] = exp2_fast(span[r] * rate[r]);
+        EACH_STEP {
+            decay[r][i] = exp2_fast(dt[r][i] * rate[r]);
+            float share = input[r][i] * b[i];
+            end[r] = i == 0 ? share : fmaf(decay[r][i], end[r], share);
+        }
+    }
+}
+
+// y += C · state, from the state that enters the lane.
+__device__ inline void add_outputs(const Tokens &decay, const Tokens &input,
+                                   const float (&b)[STEPS], const float (&c)[STEPS],
+                                   float (&state)[ROWS], Tokens &y) {
+    EACH_ROW EACH_STEP {
+        state[r] = fmaf(decay[r][i], state[r], input[r][i] * b[i]);
+        y[r][i] = fmaf(c[i], state[r], y[r][i]);
+    }
+}
+
+// What goes back from a token is back = decay · (dy · C + back of the token after it), where
+// dy · C + back is the gradient of its state. end: what the lane hands back if zero enters it.
+__device__ inline void walk_back(const Tokens &decay, const Tokens &dy, const float (&c)[STEPS],
+                                 float (&end)[ROWS]) {
+    EACH_ROW EACH_STEP_BACK {
+        float sum = i == STEPS - 1 ? dy[r][i] * c[i] : fmaf(dy[r][i], c[i], end[r]);
+        end[r] = decay[r][i] * sum;
+    }
+}
+
+// What a lane adds up for its tokens over the states. dt: for base 2, without what comes by input.
+struct ForTokens { Tokens input, dt; };
+
+// Gradients of B, C, dt · u, dt and the rate, from what enters the lane from both sides.
+__device__ inline void add_gradients(const Tokens &dt, const Tokens &input, const Tokens &dy,
+                                     const Tokens &decay, const float (&rate)[ROWS],
+                                     const float (&b)[STEPS], const float (&c)[STEPS],
+                                     float (&state)[ROWS], float (&back)[ROWS],
+                                     float (&for_b)[STEPS], float (&for_c)[STEPS],
+                                     ForTokens &sums, float (&for_rate)[ROWS]) {
+    Tokens before;  // the state before each token
+    EACH_STEP EACH_ROW {
+        before[r][i] = state[r];
+        state[r] = fmaf(decay[r][i], state[r], input[r][i] * b[i]);
+        for_c[i] = fmaf(dy[r][i], state[r], for_c[i]);
+    }
+    EACH_STEP_BACK EACH_ROW {
+        float for_state = fmaf(dy[r][i], c[i], back[r]);
+        back[r] = decay[r][i] * for_state;
+        float for_exponent = back[r] * before[r][i];
+        for_b[i] = fmaf(for_state, input[r][i], for_b[i]);
+        sums.input[r][i] = fmaf(for_state, b[i], sums.input[r][i]);
+        sums.dt[r][i] = fmaf(for_exponent, rate[r], sums.dt[r][i]);
+        for_rate[r] = i == STEPS - 1 ? for_exponent * dt[r][i]
+                                     : fmaf(for_exponent, dt[r][i], for_rate[r]);
+    }
+}
+
+// input: of u, becomes dt · u.
+__device__ inline void begin_rows(const Tokens &dt, Tokens &input, float (&span)[ROWS]) {
+    EACH_ROW {
+        EACH_STEP {
+            input[r][i] *= dt[r][i];
+            keep(input[r][i]);
+        }
+        span[r] = sum_steps(dt[r]);
+        keep(span[r]);
+    }
+}
+
+// Where the sums over the tokens of a lane's row go, of A's gradient first: the lanes 0 and 16 of a
+// warp (of one row: 0 alone) write them.
+struct RowSums {
+    float *at;
+    bool is_writer;
+};
+
+__device__ inline RowSums row_sums_of(const Scan &scan, const Place &place, const Self &self,
+                                      const Rows &rows) {
+    bool is_second = ROWS == 2 && self.lane >= LANES / 2;
+    int row = is_second ? rows.row[ROWS - 1] : rows.row[0];
+    RowSums sums;
+    sums.is_writer = threadIdx.x % (SEGMENT / ROWS) == 0 &&
+                     (is_second ? rows.is_there[ROWS - 1] : rows.is_there[0]);
+    long long part = ((long long)place.batch * scan.chunks + place.chunk) * TOKEN_WARPS +
+                     self.token_warp;
+    part = (part * scan.groups + place.group) * scan.channels + row;
+    sums.at = scan.grad_rows + part * (scan.states + 2);
+    return sums;
+}
+
+// The gradients of u and delta, and the sums for D and the bias.
+__device__ inline void finish_rows(const Scan &scan, const Place &place, const Self &self,
+                                   const Rows &rows, const Scalars &scalars,
+                                   const Four<TOKENS> *slots, const Tokens &dt, const Tokens &dy,
+                                   ForTokens &sums, const RowSums &row_sums) {
+    float for_skip[ROWS], for_bias[ROWS];
+    EACH_ROW {
+        float u[STEPS];
+        long long start = (long long)rows.row[r] * scan.length;
+        take_tokens(scan.u + place.shared + start, slots, r, self.at, scan.length,
+                    place.reversed, u);
+        for_skip[r] = for_bias[r] = 0.0f;
+        EACH_STEP {
+            for_skip[r] = fmaf(dy[r][i], u[i], for_skip[r]);
+            sums.dt[r][i] = fmaf(sums.input[r][i], u[i], sums.dt[r][i] * LN_2);
+            sums.input[r][i] = fmaf(sums.input[r][i], dt[r][i], scalars.skip[r] * dy[r][i]);
+        }
+        if (scan.softplus) EACH_STEP sums.dt[r][i] *= softplus_slope(dt[r][i]);
+        EACH_STEP for_bias[r] += sums.dt[r][i];  // past the end it is 0
+        if (rows.is_there[r]) {
+            store_tokens(scan.grad_u + place.own + start, self.at, scan.length, place.reversed,
+                         sums.input[r]);
+            store_tokens(scan.grad_delta + place.own + start, self.at, scan.length,
+                         place.reversed, sums.dt[r]);
+        }
+    }
+    float skip_sum = sum_half(halve_lanes(for_skip, self.lane));
+    if (row_sums.is_writer) row_sums.at[scan.states] = skip_sum;
+    float bias_sum = sum_half(halve_lanes(for_bias, self.lane));
+    if (row_sums.is_writer) row_sums.at[scan.states + 1] = bias_sum;
+}
+
+// Where the block's sums for B and C go.
+__device__ inline float *parts_of(const Scan &scan, const Place &place) {
+    return scan.grad_matrices + place.block * scan.part_stride +
+           place.source * scan.part_source_stride + place.batch * scan.part_batch_stride +
+           (place.reversed ? scan.part_walk_stride : 0);
+}

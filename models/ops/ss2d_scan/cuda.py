@@ -1,0 +1,235 @@
+"""The four-direction scan on NVIDIA GPUs (models/ops/cuda) as a custom operator.
+
+The pixels are brought into two orders (of a "cross" scan the first is the map's own); all
+directions are projected by one product on the map; one kernel walks both orders both ways, making
+dt of dt_low as it goes; what the four directions say of a pixel is added at the end. No dt and no
+copy for the reversed directions exists. Saved for the backward are the map in its other order, the
+projections, and one state per chunk. Deterministic: no atomics.
+"""
+
+import torch
+from torch import Tensor
+
+from models.ops.cuda.library import check_tensor
+from models.ops.cuda.reorder import from_orders, merge_orders, to_orders
+from models.ops.cuda.scan import Scan, count_borders, scan_backward, scan_forward
+from models.ops.ss2d_scan.orders import scan_orders
+
+
+def ss2d_scan_cuda(
+    x: Tensor,
+    x_proj_weight: Tensor,
+    dt_projs_weight: Tensor,
+    dt_projs_bias: Tensor,
+    A_logs: Tensor,
+    Ds: Tensor,
+    scan: str,
+    window: int,
+) -> Tensor:
+    """The same function as ss2d_scan_reference; state and dt in float32.
+
+    Raises:
+        RuntimeError: tensors that are not on an NVIDIA GPU, float64 x, or no run-time compiler.
+    """
+    check_tensor(x)
+    kind = x.device.type
+    if torch.is_autocast_enabled(kind):
+        x_proj_weight = x_proj_weight.to(torch.get_autocast_dtype(kind))
+    # (2 orders, 2 walks · (R + 2N), D) from (4 directions, ...); direction = order + 2 · walk
+    to_projected = x_proj_weight.unflatten(0, (2, 2)).transpose(0, 1).flatten(1, 2)
+    y, *_ = _forward(
+        x,
+        to_projected,
+        dt_projs_weight.float(),
+        dt_projs_bias.float(),
+        -torch.exp(A_logs.float()).unflatten(0, (4, -1)),
+        Ds.float().unflatten(0, (4, -1)),
+        scan,
+        window,
+    )
+    return y
+
+
+@torch.library.custom_op("cmfs::ss2d_scan_cuda", mutates_args=())
+def _forward(
+    x: Tensor,
+    to_projected: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    A: Tensor,
+    D: Tensor,
+    scan: str,
+    window: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """y (B, D, H, W), and for the backward: orders, projections, and states between chunks.
+
+    x (B, D, H, W); to_projected (2 orders, 2 walks · (R + 2N), D); weight (4, D, R), bias and D
+    (4, D) and A (4, D, N) in float32.
+    """
+    x = x.contiguous()
+    batch, channels, *hw = x.shape
+    pixels, _ = _tables(*hw, scan, window, x.device)
+    orders = _empty_orders(x, scan)
+    tokens = x.flatten(2)
+    to_orders(tokens.expand_as(orders), orders, hw, pixels, first_source=2 - len(orders))
+    on_map = torch.bmm(
+        to_projected.flatten(0, 1).expand(batch, -1, -1), tokens.to(to_projected.dtype)
+    )
+    projected = _empty_projected(x, to_projected)  # (2, B, 2 walks · (R + 2N), L)
+    to_orders(on_map.unflatten(1, (2, -1)).transpose(0, 1), projected, hw, pixels)
+    y = torch.empty_like(x)
+    directions = x.new_empty(2, batch, 2, channels, tokens.shape[2])
+    borders = scan_forward(_as_scan(tokens, orders, projected, weight, bias, A, D), directions)
+    _, steps = _tables(*hw, scan, window, x.device)
+    merge_orders(directions, y.flatten(2), hw, steps)
+    return y, orders, projected, borders
+
+
+@_forward.register_fake
+def _(x, to_projected, weight, bias, A, D, scan, window):
+    batch, channels, height, width = x.shape
+    y = torch.empty_like(x, memory_format=torch.contiguous_format)
+    count = count_borders(batch, 4, channels, height * width, A.shape[2], weight.shape[2])
+    return y, _empty_orders(x, scan), _empty_projected(x, to_projected), A.new_empty(count)
+
+
+@torch.library.custom_op("cmfs::ss2d_scan_cuda_backward", mutates_args=())
+def _backward(
+    grad_y: Tensor,
+    x: Tensor,
+    to_projected: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    A: Tensor,
+    D: Tensor,
+    orders: Tensor,
+    projected: Tensor,
+    borders: Tensor,
+    scan: str,
+    window: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of x, to_projected, weight, bias, A and D."""
+    x, grad_y = x.contiguous(), grad_y.contiguous()
+    batch, channels, *hw = x.shape
+    rank, states = weight.shape[2], A.shape[2]
+    tokens, grad_tokens = x.flatten(2), grad_y.flatten(2)
+    pixels, steps = _tables(*hw, scan, window, x.device)
+    grad_orders = torch.empty_like(orders)
+    first_source = 2 - len(orders)
+    to_orders(grad_tokens.expand_as(orders), grad_orders, hw, pixels, first_source=first_source)
+    grad_directions, grad_dt = (x.new_empty(2, batch, 2, channels, tokens.shape[2])
+                                for _ in range(2))  # fmt: skip
+    parts, rows = scan_backward(
+        _as_scan(tokens, orders, projected, weight, bias, A, D),
+        borders,
+        _sources(grad_tokens, grad_orders),
+        grad_directions,
+        grad_dt,
+    )
+    grad_x = torch.empty_like(x)
+    merge_orders(grad_directions, grad_x.flatten(2), hw, steps)
+    del grad_directions
+    by_walk = projected.unflatten(2, (2, -1))
+    # (2 orders, 1, 2 walks, R, D) from (4 directions, D, R)
+    to_low = weight.unflatten(0, (2, 2)).permute(1, 0, 3, 2)[:, None].to(grad_dt.dtype)
+    grad_low = torch.matmul(to_low, grad_dt).float()
+    # (2 orders, 2 walks, D, R) to (4 directions, D, R)
+    of_weight = _sum_products(grad_dt, by_walk, rank).sum(1).transpose(0, 1).flatten(0, 1)
+    on_map = A.new_empty(batch, *by_walk.shape[:1], *by_walk.shape[2:])  # of the projections
+    by_order = on_map.transpose(0, 1)
+    from_orders(grad_low[None], by_order[:, :, :, :rank], hw, steps)
+    from_orders(parts.flatten(4, 5), by_order[:, :, :, rank:], hw, steps)
+    on_map = on_map.flatten(1, 3)  # (B, 4 · (R + 2N), L)
+    back = to_projected.flatten(0, 1).T.expand(batch, -1, -1)
+    grad_x.flatten(2).baddbmm_(back.to(x.dtype), on_map.to(x.dtype))
+    of_projection = _sum_products(on_map.to(x.dtype), tokens, channels).sum(0)
+    of_A, of_D, of_bias = rows.split([states, 1, 1], dim=2)
+    return (
+        grad_x,
+        of_projection.view_as(to_projected).to(to_projected.dtype),
+        of_weight,
+        of_bias.squeeze(2).clone(),
+        of_A.clone(),
+        of_D.squeeze(2).clone(),
+    )
+
+
+@_backward.register_fake
+def _(grad_y, x, to_projected, weight, bias, A, D, orders, projected, borders, scan, window):
+    whole = torch.contiguous_format
+    tensors = (x, to_projected, weight, bias, A, D)
+    return tuple(torch.empty_like(t, memory_format=whole) for t in tensors)
+
+
+def _setup_context(ctx, inputs, output) -> None:
+    *tensors, ctx.scan, ctx.window = inputs
+    ctx.save_for_backward(*tensors, *output[1:])
+    ctx.set_materialize_grads(False)
+
+
+def _differentiate(ctx, grad_y: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
+    if grad_y is None:
+        return (None,) * 8
+    return *_backward(grad_y, *ctx.saved_tensors, ctx.scan, ctx.window), None, None
+
+
+_forward.register_autograd(_differentiate, setup_context=_setup_context)
+
+
+def _tables(
+    height: int, width: int, scan: str, window: int, device: torch.device
+) -> tuple[Tensor, Tensor] | tuple[None, None]:
+    """Of both orders in windows, the pixel of each step and the step of each pixel (2, L)."""
+    if scan == "cross":
+        return None, None
+    pixels, steps = scan_orders(height, width, scan, window, device, torch.int32)
+    return pixels[:2], steps[:2]
+
+
+def _empty_orders(x: Tensor, scan: str) -> Tensor:
+    """(1 or 2, B, D, L): a whole map is its own first order."""
+    return x.new_empty(1 if scan == "cross" else 2, *x.shape[:2], x.shape[2] * x.shape[3])
+
+
+def _empty_projected(x: Tensor, to_projected: Tensor) -> Tensor:
+    shape = (2, x.shape[0], to_projected.shape[1], x.shape[2] * x.shape[3])
+    return x.new_empty(shape, dtype=to_projected.dtype)
+
+
+def _sources(tokens: Tensor, orders: Tensor) -> tuple[Tensor, Tensor]:
+    first, second = (tokens, *orders) if len(orders) == 1 else orders
+    return first, second
+
+
+def _as_scan(
+    tokens: Tensor,
+    orders: Tensor,
+    projected: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    A: Tensor,
+    D: Tensor,
+) -> Scan:
+    rank, states = weight.shape[2], A.shape[2]
+    low, B, C = projected.unflatten(2, (2, -1)).split([rank, states, states], dim=3)
+    return Scan(
+        u=_sources(tokens, orders),
+        delta=None,
+        low=low,
+        B=B,
+        C=C,
+        A=A.contiguous(),
+        D=D.contiguous(),
+        bias=bias.contiguous(),
+        weight=weight.contiguous(),
+        softplus=True,
+    )
+
+
+def _sum_products(gradient: Tensor, x: Tensor, columns: int) -> Tensor:
+    """gradient (..., rows, L) · xᵀ (..., columns or more, L), of which the first, in float32."""
+    if not gradient.is_cuda:
+        return torch.matmul(gradient.float(), x[..., :columns, :].float().mT)
+    from models.ops.ss2d_scan.triton import _long_product
+
+    return _long_product(gradient, x, columns)

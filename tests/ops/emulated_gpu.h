@@ -1,0 +1,178 @@
+// Runs CUDA kernels on a CPU for tests: the threads of a block are fibers that take turns, block
+// after block in the order of their tickets. Only what scan.cu needs.
+#include <cmath>
+#include <cstdint>
+#include <cstdlib>
+#include <cstring>
+#include <functional>
+#include <ucontext.h>
+#include <vector>
+
+#define CMFS_EMULATED
+#define __device__
+#define __global__
+#define __shared__ static
+#define __launch_bounds__(...)
+#define DYNAMIC_SHARED(type, name) type *name = (type *)shared_memory
+
+struct float4 { float x, y, z, w; };
+static float4 make_float4(float x, float y, float z, float w) { return {x, y, z, w}; }
+struct Index { int x; };
+static Index threadIdx, blockIdx;
+alignas(16) static char shared_memory[1 << 18];
+
+struct Fiber { ucontext_t context; bool is_done; };
+static std::vector<Fiber> fibers;
+static ucontext_t scheduler;
+static std::vector<char> stacks;
+static const size_t STACK = 1 << 17;
+
+static void yield() {
+    int own = threadIdx.x;
+    swapcontext(&fibers[own].context, &scheduler);
+    threadIdx.x = own;
+}
+
+struct Barrier {  // all of `count` threads arrive, then all go on
+    int arrived = 0, generation = 0;
+    void wait(int count) {
+        int own = generation;
+        if (++arrived == count) { arrived = 0; generation++; return; }
+        while (generation == own) yield();
+    }
+};
+static Barrier block_barrier, warp_barriers[32];
+static uint32_t lanes[32][2][32];
+static int turns[1024];
+
+static void __syncthreads() { block_barrier.wait((int)fibers.size()); }
+
+template <typename T> static T exchange(T value, int source) {
+    int warp = threadIdx.x / 32, lane = threadIdx.x % 32, turn = turns[threadIdx.x]++ % 2;
+    memcpy(&lanes[warp][turn][lane], &value, 4);
+    warp_barriers[warp].wait(32);
+    T out;
+    memcpy(&out, &lanes[warp][turn][source >= 0 && source < 32 ? source : lane], 4);
+    return out;
+}
+template <typename T> static T __shfl_up_sync(unsigned, T value, int by, int width = 32) {
+    int lane = threadIdx.x % 32;
+    return exchange(value, lane % width >= by ? lane - by : lane);
+}
+template <typename T> static T __shfl_down_sync(unsigned, T value, int by, int width = 32) {
+    int lane = threadIdx.x % 32;
+    return exchange(value, lane % width + by < width ? lane + by : lane);
+}
+template <typename T> static T __shfl_sync(unsigned, T value, int source, int width = 32) {
+    return exchange(value, threadIdx.x % 32 / width * width + source);
+}
+template <typename T> static T __shfl_xor_sync(unsigned, T value, int mask) {
+    return exchange(value, (threadIdx.x % 32) ^ mask);
+}
+
+static float __uint_as_float(unsigned x) { float out; memcpy(&out, &x, 4); return out; }
+static unsigned __float_as_uint(float x) { unsigned out; memcpy(&out, &x, 4); return out; }
+static int atomicAdd(int *at, int by) { int old = *at; *at += by; return old; }
+static int min(int a, int b) { return a < b ? a : b; }
+static int max(int a, int b) { return a > b ? a : b; }
+static float exp2_fast(float x) { return exp2f(x); }
+#ifdef SEGMENT
+static float exp2_always(float x) { return exp2f(x); }
+template <int distance, int rows> static void join_up(float (&decay)[rows], float (&end)[rows]) {
+    bool has = threadIdx.x % SEGMENT >= distance;
+    for (int r = 0; r < rows; r++) {
+        float d = __shfl_up_sync(0u, decay[r], distance, SEGMENT);
+        float e = __shfl_up_sync(0u, end[r], distance, SEGMENT);
+        if (has) end[r] = decay[r] * e + end[r], decay[r] *= d;
+    }
+}
+template <int distance, int rows>
+static void join_both(float (&decay)[rows], float (&end)[rows], float (&decay_back)[rows],
+                      float (&end_back)[rows], float &sum) {
+    join_up<distance>(decay, end);
+    bool has = threadIdx.x % SEGMENT + distance < SEGMENT;
+    for (int r = 0; r < rows; r++) {
+        float d = __shfl_down_sync(0u, decay_back[r], distance, SEGMENT);
+        float e = __shfl_down_sync(0u, end_back[r], distance, SEGMENT);
+        if (has) end_back[r] = decay_back[r] * e + end_back[r], decay_back[r] *= d;
+    }
+    sum += __shfl_xor_sync(0u, sum, distance % 16);
+}
+template <int bytes> static void copy_later(void *to, const void *from, bool is_there) {
+    if (is_there) memcpy(to, from, bytes);
+    else memset(to, 0, bytes);
+}
+static void wait_for_copies() {}
+static void __syncwarp() { warp_barriers[threadIdx.x / 32].wait(32); }
+static int read_flag(const int *flag) { return *(volatile const int *)flag; }
+static void write_flag(int *flag, int value) { *flag = value; }
+#define WHILE_WAITING yield()
+template <typename T> static void keep(T &) {}
+template <typename Word> static void read_handed(const void *at, bool is_read, Word &x) {
+    if (!is_read) return;
+    memcpy(&x, at, sizeof x);
+    for (size_t i = 0; i < sizeof x / 4; i++)
+        if ((unsigned)((unsigned long long)x >> 32 * i) == 0xffffffffu)
+            abort();  // blocks run one after the other: it must be there
+}
+template <typename Word> static void write_handed(void *at, Word x) { memcpy(at, &x, sizeof x); }
+#endif
+
+static std::function<void()> kernel;
+static void run_thread() {
+    kernel();
+    fibers[threadIdx.x].is_done = true;
+    swapcontext(&fibers[threadIdx.x].context, &scheduler);
+}
+
+static void launch(int blocks, int threads, std::function<void()> body) {
+    kernel = body;
+    stacks.resize(STACK * threads);
+    for (int block = 0; block < blocks; block++) {
+        blockIdx.x = block;
+        memset(shared_memory, 0xff, sizeof shared_memory);  // NaN
+        fibers.assign(threads, {});
+        for (int i = 0; i < threads; i++) {
+            getcontext(&fibers[i].context);
+            fibers[i].context.uc_stack.ss_sp = stacks.data() + STACK * i;
+            fibers[i].context.uc_stack.ss_size = STACK;
+            fibers[i].context.uc_link = nullptr;
+            makecontext(&fibers[i].context, run_thread, 0);
+        }
+        for (bool is_running = true; is_running;) {
+            is_running = false;
+            for (int i = 0; i < threads; i++) {
+                if (fibers[i].is_done) continue;
+                is_running = true;
+                threadIdx.x = i;
+                swapcontext(&scheduler, &fibers[i].context);
+            }
+        }
+    }
+}
+
+#include SOURCE
+
+float to_float(half x) { _Float16 y; memcpy(&y, &x, 2); return (float)y; }
+void from_float(float x, half &out) { _Float16 y = (_Float16)x; memcpy(&out, &y, 2); }
+void from_float(float x, bf16 &out) {
+    unsigned bits = __float_as_uint(x);
+    bits += 0x7fff + ((bits >> 16) & 1);
+    out.bits = x != x ? 0x7fff : bits >> 16;
+}
+
+#ifdef MATRIX
+extern "C" void launch_forward(int blocks, int threads, const Scan *scan) {
+    launch(blocks, threads, [=] { forward(*scan); });
+}
+extern "C" void launch_backward(int blocks, int threads, const Scan *scan) {
+    launch(blocks, threads, [=] { backward(*scan); });
+}
+#else
+extern "C" void launch_permute(int blocks, int threads, const Reorder *task) {
+    launch(blocks, threads, [=] { permute(*task); });
+}
+extern "C" void launch_merge(int blocks, int threads, const Reorder *task) {
+    launch(blocks, threads, [=] { merge(*task); });
+}
+#endif
