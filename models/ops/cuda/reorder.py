@@ -48,7 +48,7 @@ def from_orders(x: Tensor, out: Tensor, hw: tuple[int, int], table: Tensor | Non
 
 
 def merge_orders(x: Tensor, out: Tensor, hw: tuple[int, int], table: Tensor | None) -> None:
-    """Fill maps out (batch, C, L) with the sums over x (2, batch, 2 walks, C, L), in both orders."""
+    """Fill maps out (batch, C, L) with sums over x (2, batch, 2 walks, C, L), in both orders."""
     _, batch, _, rows, _ = x.shape
     arguments = _Arguments(
         in_=x.data_ptr(),
@@ -99,4 +99,3 @@ def _launch(
     if blocks:
         definitions = (f"TOKENS={library.TYPES[out.dtype]}",)
         library.launch("reorder.cu", definitions, name, blocks, 256, 0, arguments, out)
-

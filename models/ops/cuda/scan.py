@@ -1,4 +1,4 @@
-"""Both scans on CUDA: which block does what, and the launches of scan.cu.
+"""Both scans on CUDA: which block does what, and the launches of scan_single.cu and scan_many.cu.
 
 Tensors come as views by what varies: "source", the sequences that are scanned (groups of a
 selective scan, the two orders of a map), "walk", the ways in which each is (a map: two), image,
@@ -55,7 +55,7 @@ class Scan(NamedTuple):
 
 
 class _Arguments(ctypes.Structure):
-    """The struct Scan of scan.cu."""
+    """The struct Scan of scan.cuh."""
 
     _fields_ = [
         *((name, ctypes.c_void_p) for name in (
@@ -77,7 +77,7 @@ class _Arguments(ctypes.Structure):
 
 
 class _Layout(NamedTuple):
-    """How a kernel cuts its work; the names are scan.cu's."""
+    """How a kernel cuts its work; the names are scan.cuh's."""
 
     single: int
     segment: int
@@ -109,10 +109,11 @@ class _Layout(NamedTuple):
 
 
 def _layout(name: str, length: int, states: int, rank: int) -> _Layout:
-    """What was fastest; a forward and its backward have the same chunks and rows of a warp."""
+    """What was fastest; a forward and its backward have the same chunks."""
     if states > 1:
-        many = {"forward": _Layout(0, 16, 16, 1, 1, 8, 2), "backward": _Layout(0, 32, 8, 2, 1, 8, 1)}
-        return many[name]
+        if name == "forward":
+            return _Layout(0, 16, 16, 1, 1, 8, 2)
+        return _Layout(0, 32, 8, 2, 1, 12 if states > 12 else 8, 1)
     # long sequences of one state are limited by memory alone: few borders, many tokens a block
     token_warps = 4 if length > 2048 and rank <= 16 else 1
     return _Layout(1, 32, 8, 1, token_warps, 4 // token_warps, 6 if name == "forward" else 4)
@@ -183,7 +184,7 @@ def scan_backward(
 
 
 def _not_yet(count: int, like: Tensor) -> Tensor:
-    """Words of which none can be read yet (NOT_YET in scan.cu), the last of them the counter."""
+    """Words of which none can be read yet (NOT_YET in device.cuh), the last of them the counter."""
     words = torch.full((count,), -1, dtype=torch.int32, device=like.device)
     return words.view(torch.float32)
 

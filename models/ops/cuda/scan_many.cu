@@ -43,6 +43,10 @@ __device__ inline long long border_of(const Scan &scan, const Place &place, cons
            min(rows.first, width - ROWS);
 }
 
+#ifndef HALVES
+#define HALVES (ROW_WARPS > 8 ? 1 : 2)  // turns of a loop of the backward
+#endif
+
 // A state of a lane's rows at a border.
 #if ROWS == 2
 typedef unsigned long long Border;
@@ -242,9 +246,10 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) backward(const Sca
             Border inherited[2] = {look(entry + at, has_before)};
             float sum = 0.0f;                        // for the rate of the turn before, of 16 lanes
             int summed = first + min(k, count - 1);  // the state that it belongs to
-            for (int start = 0; start < turns; start += 2)
+            for (int start = 0; start < turns; start += HALVES)
 #pragma unroll
-            for (int half = 0; half < 2; half++) {  // so that what is read ahead needs no copy
+            for (int half = 0; half < HALVES; half++) {  // two: what is read ahead needs no copy
+                const int ahead = (half + 1) % HALVES;
                 int turn = earlier + start + half;
                 if (k < count) {
                     Tokens decay;
@@ -272,8 +277,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) backward(const Sca
                     int seen = order.seen();
                     int coming = k + 1 == turns ? 0 : k + 1;  // if it is there, else the last
                     at = (first + min(coming, count - 1)) * width;
-                    border[1 - half] = look(late + at, takes_over);
-                    inherited[1 - half] = look(entry + at, has_before);
+                    border[ahead] = look(late + at, takes_over);
+                    inherited[ahead] = look(entry + at, has_before);
                     float for_rate[ROWS];
                     add_gradients(dt, input, dy, decay, rate, b, c, state, back, for_b, for_c,
                                   token_sums, for_rate);
@@ -289,8 +294,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) backward(const Sca
                 k = k + 1 == turns ? 0 : k + 1;
                 if (k == 0 && turns > count) {  // what was read on the way here is the last state's
                     at = first * width;
-                    border[1 - half] = look(late + at, takes_over);
-                    inherited[1 - half] = look(entry + at, has_before);
+                    border[ahead] = look(late + at, takes_over);
+                    inherited[ahead] = look(entry + at, has_before);
                 }
             }
             sum = sum_half(sum);

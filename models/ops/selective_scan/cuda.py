@@ -1,4 +1,4 @@
-"""The selective scan on NVIDIA GPUs (models/ops/cuda/scan.cu) as a custom operator.
+"""The selective scan on NVIDIA GPUs (models/ops/cuda) as a custom operator.
 
 One pass forward and one backward, parallel over chunks of the sequence that hand states to one
 another. Saved for the backward are the arguments and one state per chunk. Deterministic.
@@ -81,7 +81,7 @@ def _backward(
     borders: Tensor,
     delta_softplus: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of u, delta, A, B, C, D and delta_bias, the last two whether there is one or not."""
+    """Gradients of u, delta, A, B, C, D and delta_bias, also of ones that are absent."""
     scan = _as_scan(u, delta, A, B, C, D, delta_bias, delta_softplus)
     groups = B.shape[1]
     grad_u, grad_delta = (torch.empty_like(x, memory_format=torch.contiguous_format)

@@ -1,0 +1,53 @@
+"""Runs the CUDA kernels on a CPU: compiled as C++ against a stand-in for the GPU (emulated_gpu.h).
+
+Threads of a block are fibers, blocks come one after the other in the order of their tickets.
+"""
+
+import ctypes
+import functools
+import os
+import shutil
+import subprocess
+import tempfile
+from pathlib import Path
+
+import pytest
+
+from models.ops.cuda import library
+from models.ops.selective_scan import cuda as rows
+from models.ops.ss2d_scan import cuda as maps
+
+FOLDER = Path(library.__file__).parent
+SHARED_BYTES = 231_000  # of a block on a Hopper GPU
+
+_compiler = os.environ.get("CXX") or shutil.which("c++") or shutil.which("g++")
+needs_compiler = pytest.mark.skipif(not _compiler, reason="there is no C++ compiler here")
+_folder = tempfile.TemporaryDirectory(prefix="cmfs_emulated_")  # until the tests end
+
+
+@functools.cache
+def _load(source: str, definitions: tuple[str, ...]) -> ctypes.CDLL:
+    target = Path(_folder.name) / f"{len(list(Path(_folder.name).iterdir()))}.so"
+    header = Path(__file__).with_name("emulated_gpu.h")
+    macros = [f"-D{macro}" for macro in (*definitions, f'SOURCE="{FOLDER / source}"')]
+    command = [_compiler, "-std=c++17", "-O1", "-w", "-x", "c++", "-shared", "-fPIC", *macros]
+    subprocess.run([*command, str(header), "-o", str(target)], check=True)
+    return ctypes.CDLL(str(target))
+
+
+def _launch(source, definitions, name, blocks, threads, shared_bytes, arguments, like) -> None:
+    assert not like.is_cuda
+    status = getattr(_load(source, definitions), f"launch_{name}")(
+        blocks, threads, shared_bytes, ctypes.byref(arguments)
+    )
+    assert status == 0, f"{name} read from a chunk what it had not handed on"
+
+
+@pytest.fixture
+def emulated(monkeypatch):
+    """CUDA backends that take CPU tensors."""
+    monkeypatch.setattr(library, "launch", _launch)
+    monkeypatch.setattr(library, "shared_bytes", lambda device: SHARED_BYTES)
+    monkeypatch.setattr(library, "copies_to_shared", lambda device: True)
+    for module in (rows, maps):
+        monkeypatch.setattr(module, "check_tensor", lambda x: None)
