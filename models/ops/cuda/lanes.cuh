@@ -27,7 +27,7 @@ __device__ inline void join_up(float (&decay)[ROWS], float (&end)[ROWS]) {
 #endif
 }
 
-// The same along and against the order of the lanes; besides, a sum over 16 lanes.
+// The same along and against the order of the lanes of a whole warp; besides, a sum over 16 lanes.
 template <int distance>
 __device__ inline void join_both(float (&decay)[ROWS], float (&end)[ROWS],
                                  float (&decay_back)[ROWS], float (&end_back)[ROWS], float &sum) {
@@ -62,28 +62,62 @@ __device__ inline void join_both(float (&decay)[ROWS], float (&end)[ROWS],
 }
 #endif
 
-// From what each lane hands on if zero enters it, and its decay, to what all lanes up to it do.
-__device__ inline void join_lanes(float (&decay)[ROWS], float (&end)[ROWS]) {
+// From what each lane hands on if zero enters it, and its decay, to what all lanes up to it do. What
+// becomes of the decays is of no use.
+__device__ inline void join_lanes(float (&decay)[ROWS], float (&end)[ROWS], int lane) {
     join_up<1>(decay, end);
     join_up<2>(decay, end);
     join_up<4>(decay, end);
-    join_up<8>(decay, end);
 #if SEGMENT == 32
-    join_up<16>(decay, end);
+    join_up<8>(decay, end);
 #endif
+    EACH_ROW {
+        float other = __shfl_up_sync(ALL, end[r], SEGMENT / 2, SEGMENT);
+        if (lane >= SEGMENT / 2) end[r] = fmaf(decay[r], other, end[r]);
+    }
 }
 
 // The same for both directions, and sums over 16 lanes each.
 __device__ inline void join_lanes(float (&decay)[ROWS], float (&end)[ROWS],
-                                  float (&decay_back)[ROWS], float (&end_back)[ROWS], float &sum) {
+                                  float (&decay_back)[ROWS], float (&end_back)[ROWS], float &sum,
+                                  int lane) {
     join_both<1>(decay, end, decay_back, end_back, sum);
     join_both<2>(decay, end, decay_back, end_back, sum);
     join_both<4>(decay, end, decay_back, end_back, sum);
     join_both<8>(decay, end, decay_back, end_back, sum);
-#if SEGMENT == 32
-    float unused = 0.0f;
-    join_both<16>(decay, end, decay_back, end_back, unused);
-#endif
+    EACH_ROW {
+        float other = __shfl_up_sync(ALL, end[r], LANES / 2);
+        float other_back = __shfl_down_sync(ALL, end_back[r], LANES / 2);
+        if (lane >= LANES / 2)
+            end[r] = fmaf(decay[r], other, end[r]);
+        else
+            end_back[r] = fmaf(decay_back[r], other_back, end_back[r]);
+    }
+}
+
+// Sums of x over the lanes of a segment up to each, and from each on.
+__device__ inline void sum_up(const float (&x)[ROWS], int lane, float (&sum)[ROWS]) {
+    EACH_ROW {
+        sum[r] = x[r];
+#pragma unroll
+        for (int distance = 1; distance < SEGMENT; distance *= 2) {
+            float other = __shfl_up_sync(ALL, sum[r], distance, SEGMENT);
+            if (lane >= distance) sum[r] += other;
+        }
+        keep(sum[r]);
+    }
+}
+
+__device__ inline void sum_down(const float (&x)[ROWS], int lane, float (&sum)[ROWS]) {
+    EACH_ROW {
+        sum[r] = x[r];
+#pragma unroll
+        for (int distance = 1; distance < SEGMENT; distance *= 2) {
+            float other = __shfl_down_sync(ALL, sum[r], distance, SEGMENT);
+            if (lane + distance < SEGMENT) sum[r] += other;
+        }
+        keep(sum[r]);
+    }
 }
 
 // What enters a lane: what the one before hands on, into the first what enters the segment.

@@ -80,9 +80,16 @@ def check_tensor(x: Tensor) -> None:
 
 
 @torch.compiler.assume_constant_result
-@functools.cache
 def why_not() -> str | None:
-    """What keeps the CUDA kernels from being used on the current GPU, or None."""
+    """What keeps the CUDA kernels from being used on the current GPU, or None.
+
+    A compiler need not look into how it is found.
+    """
+    return _find_reason()
+
+
+@functools.cache
+def _find_reason() -> str | None:
     if torch.version.cuda is None or not torch.cuda.is_available():
         return "there is no NVIDIA GPU"
     if torch.cuda.get_device_capability() < _LEAST_CAPABILITY:

@@ -43,10 +43,6 @@ __device__ inline long long border_of(const Scan &scan, const Place &place, cons
            min(rows.first, width - ROWS);
 }
 
-#ifndef HALVES
-#define HALVES (ROW_WARPS > 8 ? 1 : 2)  // turns of a loop of the backward
-#endif
-
 // A state of a lane's rows at a border.
 #if ROWS == 2
 typedef unsigned long long Border;
@@ -93,7 +89,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) forward(const Scan
 
     for (int pass = 0; pass < scan.passes; pass++) {
         Tokens dt, input, y;
-        float span[ROWS];
+        float span[ROWS], span_up[ROWS];
         rows = rows_of(scan, place, self, hidden(pass));
         bool has_border = rows.first < width;
         bool takes_over = place.chunk > 0 && has_border;
@@ -108,6 +104,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) forward(const Scan
                    dt);
         EACH_ROW EACH_STEP y[r][i] = scalars.skip[r] * input[r][i];
         begin_rows(dt, input, span);
+        sum_up(span, self.lane, span_up);
         if (PREFETCH && pass + 1 < scan.passes)
             fetch_inputs(scan, place, self, rows_of(scan, place, self, hidden(pass + 1)),
                          areas.slots, areas.slots + SLOTS);
@@ -126,7 +123,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) forward(const Scan
                 read_tile(tile + 2 * k * TILE_ROW, b);
                 EACH_ROW rate[r] = __shfl_sync(ALL, scalars.rates[r], k, 16);
                 walk(dt, input, span, rate, b, decay, whole, end);
-                join_lanes(whole, end);
+                join_lanes(whole, end, self.lane);
+                decay_over(span_up, rate, whole);
                 wait_for(scan, entry, end[0], border);
                 EACH_ROW carry[r] = state_of(border, r);
                 EACH_ROW last[r] = fmaf(whole[r], carry[r], end[r]);
@@ -197,7 +195,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) backward(const Sca
 
     for (int pass = 0; pass < scan.passes; pass++) {
         Tokens dt, input, dy;
-        float span[ROWS];
+        float span[ROWS], span_up[ROWS], span_down[ROWS];
         ForTokens token_sums = {};
         const Four<TOKENS> *slots = areas.slots + pass % 2 * SLOTS;
         rows = rows_of(scan, place, self, hidden(pass));
@@ -212,6 +210,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) backward(const Sca
         }
         step_sizes(scan, place, self, rows, scalars, delta_slots, areas.low, pass == 0, dt);
         begin_rows(dt, input, span);
+        sum_up(span, self.lane, span_up);
+        sum_down(span, self.lane, span_down);
         if (PREFETCH && pass + 1 < scan.passes) {
             Rows coming = rows_of(scan, place, self, hidden(pass + 1));
             fetch_inputs(scan, place, self, coming, areas.slots + (pass + 1) % 2 * SLOTS,
@@ -237,20 +237,16 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) backward(const Sca
                 if (threadIdx.x < ROW_WARPS) done[threadIdx.x] = 0;
                 __syncthreads();
             }
-            int turns = (max(count, ROW_WARPS) + 1) / 2 * 2;  // no two warps are at the same state
+            int turns = max(count, ROW_WARPS);  // no two warps are at the same state
             int earlier = scan.states > STAGE ? 0 : pass * turns;
             Turns order = {done, self.row_warp, turns};
             int k = self.row_warp;
             int at = (first + min(k, count - 1)) * width;
-            Border border[2] = {look(late + at, takes_over)};
-            Border inherited[2] = {look(entry + at, has_before)};
+            Border border = look(late + at, takes_over);
+            Border inherited = look(entry + at, has_before);
             float sum = 0.0f;                        // for the rate of the turn before, of 16 lanes
             int summed = first + min(k, count - 1);  // the state that it belongs to
-            for (int start = 0; start < turns; start += HALVES)
-#pragma unroll
-            for (int half = 0; half < HALVES; half++) {  // two: what is read ahead needs no copy
-                const int ahead = (half + 1) % HALVES;
-                int turn = earlier + start + half;
+            for (int turn = earlier; turn < earlier + turns; turn++) {
                 if (k < count) {
                     Tokens decay;
                     float b[STEPS], c[STEPS], for_b[STEPS] = {}, for_c[STEPS] = {};
@@ -262,11 +258,13 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) backward(const Sca
                     walk(dt, input, span, rate, b, decay, whole, end);
                     walk_back(decay, dy, c, end_back);
                     EACH_ROW whole_back[r] = whole[r];
-                    join_lanes(whole, end, whole_back, end_back, sum);
+                    join_lanes(whole, end, whole_back, end_back, sum, self.lane);
+                    decay_over(span_up, rate, whole);
+                    decay_over(span_down, rate, whole_back);
                     if (row_sums.is_writer) row_sums.at[summed] = sum;
-                    wait_for(scan, late + at, end_back[0], border[half]);
-                    EACH_ROW carry[r] = state_of(inherited[half], r);
-                    EACH_ROW from[r] = state_of(border[half], r);
+                    wait_for(scan, late + at, end_back[0], border);
+                    EACH_ROW carry[r] = state_of(inherited, r);
+                    EACH_ROW from[r] = state_of(border, r);
                     EACH_ROW last[r] = fmaf(whole_back[r], from[r], end_back[r]);
                     if (hands_on) hand_on(way_out + at, last);
                     EACH_ROW {
@@ -277,8 +275,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) backward(const Sca
                     int seen = order.seen();
                     int coming = k + 1 == turns ? 0 : k + 1;  // if it is there, else the last
                     at = (first + min(coming, count - 1)) * width;
-                    border[ahead] = look(late + at, takes_over);
-                    inherited[ahead] = look(entry + at, has_before);
+                    border = look(late + at, takes_over);
+                    inherited = look(entry + at, has_before);
                     float for_rate[ROWS];
                     add_gradients(dt, input, dy, decay, rate, b, c, state, back, for_b, for_c,
                                   token_sums, for_rate);
@@ -294,8 +292,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) backward(const Sca
                 k = k + 1 == turns ? 0 : k + 1;
                 if (k == 0 && turns > count) {  // what was read on the way here is the last state's
                     at = first * width;
-                    border[ahead] = look(late + at, takes_over);
-                    inherited[ahead] = look(entry + at, has_before);
+                    border = look(late + at, takes_over);
+                    inherited = look(entry + at, has_before);
                 }
             }
             sum = sum_half(sum);

@@ -87,7 +87,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) forward(const Scan
 
     for (int pass = 0; pass < scan.passes; pass++) {
         Tokens dt, input, y, decay;
-        float span[ROWS], whole[ROWS], end[ROWS], state[ROWS];
+        float span[ROWS], span_up[ROWS], whole[ROWS], end[ROWS], state[ROWS];
         bool is_there = rows.is_there[0];
         const float *entry = scan.borders + border_of(scan, place, rows, place.chunk - 1);
         float *way_out = scan.borders + border_of(scan, place, rows, place.chunk);
@@ -105,7 +105,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) forward(const Scan
         scalars = scalars_of(scan, place, coming);
 
         walk(dt, input, span, rate, b, decay, whole, end);
-        join_lanes(whole, end);
+        join_lanes(whole, end, self.lane);
+        sum_up(span, self.lane, span_up);
+        decay_over(span_up, rate, whole);
         Others before = {1.0f, 0.0f};
         if (TOKEN_WARPS > 1) {
             Totals(&total)[TOKEN_WARPS] = totals[pass % 2][self.row_warp];
@@ -175,6 +177,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) backward(const Sca
     for (int pass = 0; pass < scan.passes; pass++) {
         Tokens dt, input, dy, decay;
         float span[ROWS], whole[ROWS], end[ROWS], whole_back[ROWS], end_back[ROWS];
+        float span_up[ROWS], span_down[ROWS];
         float state[ROWS], back[ROWS], for_rate[ROWS];
         ForTokens token_sums = {};
         bool is_there = rows.is_there[0];
@@ -204,7 +207,11 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) backward(const Sca
         walk_back(decay, dy, c, end_back);
         whole_back[0] = whole[0];
         float unused = 0.0f;
-        join_lanes(whole, end, whole_back, end_back, unused);
+        join_lanes(whole, end, whole_back, end_back, unused, self.lane);
+        sum_up(span, self.lane, span_up);
+        sum_down(span, self.lane, span_down);
+        decay_over(span_up, scalars.rates, whole);
+        decay_over(span_down, scalars.rates, whole_back);
         Others before = {1.0f, 0.0f}, after = {1.0f, 0.0f};
         if (TOKEN_WARPS > 1) {
             Totals(&total)[TOKEN_WARPS] = totals[pass % 2][self.row_warp];

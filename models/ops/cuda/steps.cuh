@@ -21,6 +21,13 @@ __device__ inline void walk(const Tokens &dt, const Tokens &input, const float (
     }
 }
 
+// The decay over the lanes up to each, or from each on, of which `spans` are the sums of dt. Not the
+// product of theirs: where decays are near 1 its rounding would grow from chunk to chunk.
+__device__ inline void decay_over(const float (&spans)[ROWS], const float (&rate)[ROWS],
+                                  float (&whole)[ROWS]) {
+    EACH_ROW whole[r] = exp2_fast(spans[r] * rate[r]);
+}
+
 // y += C · state, from the state that enters the lane.
 __device__ inline void add_outputs(const Tokens &decay, const Tokens &input,
                                    const float (&b)[STEPS], const float (&c)[STEPS],
