@@ -1,5 +1,6 @@
 // Runs CUDA kernels on a CPU for tests: the threads of a block are fibers that take turns, block
-// after block in the order of their tickets. Only what scan.cu needs.
+// after block in the order of their tickets. With a seed, warps are held up at random, so that they
+// come in another order. Only what the kernels need.
 #include <cmath>
 #include <cstdint>
 #include <cstdlib>
@@ -128,7 +129,8 @@ static void run_thread() {
     swapcontext(&fibers[threadIdx.x].context, &scheduler);
 }
 
-static int launch(int blocks, int threads, size_t shared_bytes, std::function<void()> body) {
+static int launch(int blocks, int threads, size_t shared_bytes, unsigned seed,
+                  std::function<void()> body) {
     kernel = body;
     was_missing = shared_bytes > sizeof shared_memory;
     stacks.resize(STACK * threads);
@@ -145,9 +147,15 @@ static int launch(int blocks, int threads, size_t shared_bytes, std::function<vo
         }
         for (bool is_running = true; is_running;) {
             is_running = false;
+            bool is_held_up = false;
             for (int i = 0; i < threads; i++) {
+                if (seed && i % 32 == 0) {
+                    seed = seed * 1664525u + 1013904223u;
+                    is_held_up = seed >> 30 > 0;
+                }
                 if (fibers[i].is_done) continue;
                 is_running = true;
+                if (is_held_up) continue;
                 threadIdx.x = i;
                 swapcontext(&scheduler, &fibers[i].context);
             }
@@ -166,9 +174,10 @@ void from_float(float x, bf16 &out) {
     out.bits = x != x ? 0x7fff : bits >> 16;
 }
 
-#define LAUNCHER(name, Arguments)                                                              \
-    extern "C" int launch_##name(int blocks, int threads, int bytes, const Arguments *given) { \
-        return launch(blocks, threads, bytes, [=] { name(*given); });                          \
+#define LAUNCHER(name, Arguments)                                                             \
+    extern "C" int launch_##name(int blocks, int threads, int bytes, unsigned seed,           \
+                                 const Arguments *given) {                                    \
+        return launch(blocks, threads, bytes, seed, [=] { name(*given); });                   \
     }
 #ifdef SEGMENT
 LAUNCHER(forward, Scan)

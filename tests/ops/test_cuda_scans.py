@@ -20,7 +20,12 @@ from models.ops.ss2d_scan import cuda as maps
 from models.ops.ss2d_scan import ss2d_scan
 from tests.ops import test_selective_scan_triton as of_rows
 from tests.ops import test_ss2d_scan_triton as of_maps
-from tests.ops.emulator import FOLDER, emulated, needs_compiler  # noqa: F401 (a fixture)
+from tests.ops.emulator import (  # noqa: F401 (emulated is a fixture)
+    FOLDER,
+    emulated,
+    needs_compiler,
+    schedule,
+)
 
 # (batch, D, N, L, K): one lane, warp, block and chunk, and more; rows and states that are not even
 ROWS = [
@@ -154,6 +159,15 @@ class TestEmulated:
         monkeypatch.setattr(scan, "_ENOUGH_BLOCKS", {"forward": 1, "backward": 1})
         assert_rows(of_rows.make_inputs(1, 150, states, 600, 1), 1e-5)
         assert_maps(of_maps.make_inputs(1, 150, states, 2, (12, 25)), 1e-5, "window")
+
+    @pytest.mark.parametrize("sizes", [(1, 36, 9, 300, 1), (1, 8, 1, 1500, 2)], ids=str)
+    def test_the_same_in_whatever_order_warps_come(self, sizes, monkeypatch):
+        inputs = of_rows.make_inputs(*sizes)
+        expected = of_rows.run(rows.selective_scan_cuda, inputs)
+        for seed in (1, 2):
+            monkeypatch.setitem(schedule, "seed", seed)
+            ours = of_rows.run(rows.selective_scan_cuda, inputs)
+            assert all(torch.equal(a, b) for a, b in zip(ours, expected, strict=True))
 
     @pytest.mark.parametrize("sizes", [(0, 2, 2, 5, 1), (1, 2, 2, 0, 1), (1, 2, 1, 0, 1)], ids=str)
     def test_empty(self, sizes):

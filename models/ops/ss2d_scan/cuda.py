@@ -14,6 +14,7 @@ from models.ops.cuda.library import check_tensor
 from models.ops.cuda.reorder import from_orders, merge_orders, to_orders
 from models.ops.cuda.scan import Scan, count_borders, scan_backward, scan_forward
 from models.ops.ss2d_scan.orders import scan_orders
+from models.ops.triton_support import has_triton
 
 
 def ss2d_scan_cuda(
@@ -228,8 +229,8 @@ def _as_scan(
 
 def _sum_products(gradient: Tensor, x: Tensor, columns: int) -> Tensor:
     """gradient (..., rows, L) · xᵀ (..., columns or more, L), of which the first, in float32."""
-    if not gradient.is_cuda:
-        return torch.matmul(gradient.float(), x[..., :columns, :].float().mT)
-    from models.ops.ss2d_scan.triton import _long_product
+    if gradient.is_cuda and has_triton():
+        from models.ops.ss2d_scan.triton import long_product
 
-    return _long_product(gradient, x, columns)
+        return long_product(gradient, x, columns)
+    return torch.matmul(gradient.float(), x[..., :columns, :].float().mT)

@@ -200,7 +200,7 @@ def _(x, weight):
 def _project_weight_gradient(gradient: Tensor, x: Tensor) -> Tensor:
     """dL/dweight (2, outputs, D) from gradient (2, B, outputs, L) and x (2, B, D, L)."""
     gradient, x = gradient.contiguous(), x.contiguous()
-    return _long_product(gradient, x, x.shape[2]).sum(1).to(x.dtype)
+    return long_product(gradient, x, x.shape[2]).sum(1).to(x.dtype)
 
 
 @_project_weight_gradient.register_fake
@@ -208,7 +208,7 @@ def _(gradient, x):
     return x.new_empty(2, gradient.shape[2], x.shape[2])
 
 
-def _long_product(gradient: Tensor, x: Tensor, columns: int) -> Tensor:
+def long_product(gradient: Tensor, x: Tensor, columns: int) -> Tensor:
     """gradient · xᵀ (..., rows, columns) in float32, summed over tokens.
 
     gradient (..., rows, L); x (..., columns or more, L), of which the first count; both contiguous.
@@ -358,7 +358,7 @@ def _backward(
     grad_projected[:, :, :, rank:] = grad_matrices.sum(0)
     of_A, of_D, of_bias = grad_rows.sum((1, 2)).split([states_count, 1, 1], dim=2)
     # (2 orders, batch, 2 walks, D, R) to (4 directions, D, R)
-    of_weight = _long_product(grad_dt, projected, rank).sum(1).transpose(0, 1).flatten(0, 1)
+    of_weight = long_product(grad_dt, projected, rank).sum(1).transpose(0, 1).flatten(0, 1)
     return (
         grad_x,
         grad_projected,
