@@ -119,6 +119,14 @@ class TestEmulated:
         inputs[2] *= 1e-4  # states that remember some ten thousand tokens
         assert_rows(inputs, 1e-6, truth=selective_scan_chunked)
 
+    @pytest.mark.parametrize("states", [1, 2])
+    def test_steps_past_the_end_count_for_nothing(self, states):
+        """Without softplus the bias alone, as there is no delta, would make infinite decays."""
+        inputs = of_rows.make_inputs(1, 3, states, 37, 1)
+        inputs[1], inputs[6] = inputs[1].abs() + 100, torch.full((3,), -100.0)
+        inputs[2] = inputs[2] - 5
+        assert_rows(inputs, 1e-5, softplus=False)
+
     @pytest.mark.parametrize("states", [1, 3])
     def test_without_skip_and_bias(self, states):
         inputs = of_rows.make_inputs(1, 2, states, 40, 1)
@@ -345,6 +353,32 @@ class TestOnGPU:
     def test_maps_equal_reference(self, sizes, order):
         inputs = of_maps.make_inputs(*sizes, device="cuda")
         assert_maps(inputs, 1e-5, order, truth="chunked")
+
+    @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+    @pytest.mark.parametrize("sizes", of_maps.LARGE, ids=str)
+    def test_maps_of_half_precision(self, sizes, dtype):
+        inputs = of_maps.make_inputs(*sizes, dtype, device="cuda")
+        assert_maps(inputs, of_maps.TOLERANCE[dtype], "cross", truth="chunked")
+
+    def test_maps_under_autocast_keep_the_state_in_float32(self):
+        inputs = of_maps.make_inputs(1, 96, 4, 6, (40, 60), device="cuda")
+        truth = ss2d_scan(**{k: v.double() for k, v in inputs.items()}, backend="chunked")
+        with torch.autocast("cuda", dtype=torch.bfloat16):
+            y = ss2d_scan(**inputs, backend="cuda")
+        assert errors([y], [truth])[0] < of_maps.TOLERANCE[torch.bfloat16]
+
+    @pytest.mark.parametrize("order", ["cross", "window"])
+    def test_maps_are_deterministic_and_replay_in_a_graph(self, order):
+        inputs = of_maps.make_inputs(2, 96, 4, 6, (60, 80), device="cuda")
+        expected = of_maps.run(inputs, scan=order, backend="cuda")
+        again = of_maps.run(inputs, scan=order, backend="cuda")
+        assert all(torch.equal(expected[name], again[name]) for name in expected)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph), torch.no_grad():
+            y = ss2d_scan(**inputs, scan=order, backend="cuda")
+        y.zero_()
+        graph.replay()
+        assert torch.equal(y, expected["y"])
 
     @pytest.mark.parametrize("sizes", [(1, 5, 8, 1000, 1), (4, 384, 1, 3000, 4)], ids=str)
     def test_extreme_decays(self, sizes):

@@ -3,61 +3,50 @@
 
 #include "scan.cuh"
 
-// decay, end = those of this lane after those of the lane `distance` before it, if its segment has
-// one. All lanes are asked before the first answer is used.
 #ifndef CMFS_EMULATED
+// decay, end = those of this lane after those of the lane `distance` before it, if its segment has
+// one (one row a lane).
 template <int distance>
 __device__ inline void join_up(float (&decay)[ROWS], float (&end)[ROWS]) {
-#if ROWS == 2
-    asm volatile(
-        "{ .reg .pred p, q; .reg .f32 d, e, f, g;"
-        " shfl.sync.up.b32 e|p, %1, %4, %5, -1; shfl.sync.up.b32 g|q, %3, %4, %5, -1;"
-        " shfl.sync.up.b32 d, %0, %4, %5, -1; shfl.sync.up.b32 f, %2, %4, %5, -1;"
-        " @p fma.rn.f32 %1, %0, e, %1; @q fma.rn.f32 %3, %2, g, %3;"
-        " @p mul.f32 %0, %0, d; @q mul.f32 %2, %2, f; }"
-        : "+f"(decay[0]), "+f"(end[0]), "+f"(decay[1]), "+f"(end[1])
-        : "n"(distance), "n"((LANES - SEGMENT) << 8));
-#else
     asm volatile(
         "{ .reg .pred p; .reg .f32 d, e;"
         " shfl.sync.up.b32 e|p, %1, %2, %3, -1; shfl.sync.up.b32 d, %0, %2, %3, -1;"
         " @p fma.rn.f32 %1, %0, e, %1; @p mul.f32 %0, %0, d; }"
         : "+f"(decay[0]), "+f"(end[0])
         : "n"(distance), "n"((LANES - SEGMENT) << 8));
-#endif
 }
 
 // The same along and against the order of the lanes of a whole warp; besides, a sum over 16 lanes.
+// All lanes are asked before the first answer is used.
 template <int distance>
 __device__ inline void join_both(float (&decay)[ROWS], float (&end)[ROWS],
                                  float (&decay_back)[ROWS], float (&end_back)[ROWS], float &sum) {
-    const int up = (LANES - SEGMENT) << 8, down = up | 31, other = distance % (LANES / 2);
 #if ROWS == 2
     asm volatile(
         "{ .reg .pred p, q; .reg .f32 a, b, c, d, e, f, g, h, s;"
-        " shfl.sync.up.b32 a|p, %1, %9, %10, -1; shfl.sync.up.b32 b, %3, %9, %10, -1;"
-        " shfl.sync.down.b32 c|q, %5, %9, %11, -1; shfl.sync.down.b32 d, %7, %9, %11, -1;"
-        " shfl.sync.up.b32 e, %0, %9, %10, -1; shfl.sync.up.b32 f, %2, %9, %10, -1;"
-        " shfl.sync.down.b32 g, %4, %9, %11, -1; shfl.sync.down.b32 h, %6, %9, %11, -1;"
-        " shfl.sync.bfly.b32 s, %8, %12, 31, -1;"
+        " shfl.sync.up.b32 a|p, %1, %9, 0, -1; shfl.sync.up.b32 b, %3, %9, 0, -1;"
+        " shfl.sync.down.b32 c|q, %5, %9, 31, -1; shfl.sync.down.b32 d, %7, %9, 31, -1;"
+        " shfl.sync.up.b32 e, %0, %9, 0, -1; shfl.sync.up.b32 f, %2, %9, 0, -1;"
+        " shfl.sync.down.b32 g, %4, %9, 31, -1; shfl.sync.down.b32 h, %6, %9, 31, -1;"
+        " shfl.sync.bfly.b32 s, %8, %9, 31, -1;"
         " @p fma.rn.f32 %1, %0, a, %1; @p fma.rn.f32 %3, %2, b, %3;"
         " @q fma.rn.f32 %5, %4, c, %5; @q fma.rn.f32 %7, %6, d, %7;"
         " @p mul.f32 %0, %0, e; @p mul.f32 %2, %2, f; @q mul.f32 %4, %4, g; @q mul.f32 %6, %6, h;"
         " add.f32 s, s, %8; mov.f32 %8, s; }"
         : "+f"(decay[0]), "+f"(end[0]), "+f"(decay[1]), "+f"(end[1]), "+f"(decay_back[0]),
           "+f"(end_back[0]), "+f"(decay_back[1]), "+f"(end_back[1]), "+f"(sum)
-        : "n"(distance), "n"(up), "n"(down), "n"(other));
+        : "n"(distance));
 #else
     asm volatile(
         "{ .reg .pred p, q; .reg .f32 a, b, c, d, s;"
-        " shfl.sync.up.b32 a|p, %1, %5, %6, -1; shfl.sync.down.b32 b|q, %3, %5, %7, -1;"
-        " shfl.sync.up.b32 c, %0, %5, %6, -1; shfl.sync.down.b32 d, %2, %5, %7, -1;"
-        " shfl.sync.bfly.b32 s, %4, %8, 31, -1;"
+        " shfl.sync.up.b32 a|p, %1, %5, 0, -1; shfl.sync.down.b32 b|q, %3, %5, 31, -1;"
+        " shfl.sync.up.b32 c, %0, %5, 0, -1; shfl.sync.down.b32 d, %2, %5, 31, -1;"
+        " shfl.sync.bfly.b32 s, %4, %5, 31, -1;"
         " @p fma.rn.f32 %1, %0, a, %1; @q fma.rn.f32 %3, %2, b, %3;"
         " @p mul.f32 %0, %0, c; @q mul.f32 %2, %2, d;"
         " add.f32 s, s, %4; mov.f32 %4, s; }"
         : "+f"(decay[0]), "+f"(end[0]), "+f"(decay_back[0]), "+f"(end_back[0]), "+f"(sum)
-        : "n"(distance), "n"(up), "n"(down), "n"(other));
+        : "n"(distance));
 #endif
 }
 #endif

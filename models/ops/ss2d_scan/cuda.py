@@ -4,7 +4,7 @@ The pixels are brought into two orders (of a "cross" scan the first is the map's
 directions are projected by one product on the map; one kernel walks both orders both ways, making
 dt of dt_low as it goes; what the four directions say of a pixel is added at the end. No dt and no
 copy for the reversed directions exists. Saved for the backward are the map in its other order, the
-projections, and one state per chunk. Deterministic: no atomics.
+projections, and one state per chunk. Deterministic.
 """
 
 import torch
