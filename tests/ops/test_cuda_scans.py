@@ -271,6 +271,24 @@ def test_what_was_compiled_is_kept(monkeypatch, tmp_path):
     assert library._cached_image(nvrtc(), "reorder.cu", options) == image
 
 
+def test_what_is_kept_and_cut_short_is_compiled_again(monkeypatch, tmp_path):
+    class Refusing(Driver):
+        """Takes nothing but what was compiled whole."""
+
+        def __getattr__(self, name):
+            if name != "cuModuleLoadData":
+                return super().__getattr__(name)
+            return lambda module, image: 0 if image == b"whole" else 200
+
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(library, "_compile", lambda *_: b"whole")
+    library._load_kept(Refusing(), "reorder.cu", ())
+    (kept,) = (tmp_path / "cmfs").iterdir()
+    kept.write_bytes(b"who")
+    library._load_kept(Refusing(), "reorder.cu", ())
+    assert kept.read_bytes() == b"whole"
+
+
 @needs_nvrtc
 def test_a_cache_that_cannot_be_written_is_no_failure(monkeypatch, tmp_path):
     (tmp_path / "cmfs").write_text("a file where the folder would be")

@@ -142,7 +142,16 @@ def load_kernels(device: int, source: str, definitions: tuple[str, ...]) -> Kern
                *(f"-D{definition}" for definition in definitions))  # fmt: skip
     with torch.cuda.device(device):
         torch.cuda.current_stream().synchronize()  # makes the context that a module is loaded into
+        return _load_kept(library, source, options)
+
+
+def _load_kept(library: ctypes.CDLL, source: str, options: tuple[str, ...]) -> Kernels:
+    """The kernels as they are in the cache, or compiled anew where the driver refuses that."""
+    try:
         return Kernels(library, _cached_image(library, source, options))
+    except RuntimeError as error:
+        log.info("compiling %s again: %s", source, error)
+        return Kernels(library, _cached_image(library, source, options, renew=True))
 
 
 @functools.cache
@@ -151,16 +160,16 @@ def _load_library() -> ctypes.CDLL:
     return ctypes.CDLL(str(Path(torch.__file__).parent / "lib" / "libcaffe2_nvrtc.so"))
 
 
-def _cached_image(library: ctypes.CDLL, source: str, options: tuple[str, ...]) -> bytes:
+def _cached_image(
+    library: ctypes.CDLL, source: str, options: tuple[str, ...], *, renew: bool = False
+) -> bytes:
     """Machine code of a source; from the cache where it is there, else compiled and put there."""
     texts = {name: (_FOLDER / name).read_bytes() for name in (source, *_header_names())}
     made_for = f"{torch.version.cuda} {options}".encode()
     name = f"{source}-{hashlib.sha256(b''.join(texts.values()) + made_for).hexdigest()[:16]}"
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "cmfs"
-    try:
+    if not renew and (cache / name).is_file():
         return (cache / name).read_bytes()
-    except OSError:
-        pass  # not there yet
     image = _compile(library, source, texts, options)
     try:
         cache.mkdir(parents=True, exist_ok=True)
