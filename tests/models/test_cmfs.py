@@ -65,7 +65,7 @@ def test_float64_is_float64_throughout(model):
         torch.testing.assert_close(ours.double(), truth, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("backend", ["triton", "mamba_ssm"])
+@pytest.mark.parametrize("backend", ["cuda", "triton", "mamba_ssm"])
 def test_a_scan_backend_that_cannot_run_here_is_named(backend):
     cpu = torch.device("cpu")
     with pytest.raises(InputError, match=f"model.scan_backend={backend}: .* needs"):
