@@ -162,6 +162,20 @@ class TestEmulated:
         monkeypatch.setattr(library, "copies_to_shared", lambda device: False)
         assert_rows(of_rows.make_inputs(1, 20, states, 600, 1), 1e-5)
 
+    @pytest.mark.parametrize("rank", [1, 12, 13, 40])
+    @pytest.mark.parametrize("states", [1, 16, 64])
+    def test_fits_into_the_least_shared_memory(self, states, rank, monkeypatch):
+        least = 64 * 1024 - 1024
+        monkeypatch.setattr(library, "shared_bytes", lambda device: least)
+        asked = []
+        monkeypatch.setattr(library, "launch", lambda *arguments: asked.append(arguments))
+        inputs = of_maps.make_inputs(1, 2, states, rank, (48, 48))
+        of_maps.run(inputs, backend="cuda")
+        of_rows.run(rows.selective_scan_cuda, of_rows.make_inputs(1, 2, states, 3000, 1))
+        sizes = [arguments[5] for arguments in asked]
+        assert len(sizes) == 11
+        assert max(sizes) <= least
+
     @pytest.mark.parametrize("states", [1, 2])
     def test_blocks_take_further_rows(self, states, monkeypatch):
         monkeypatch.setattr(scan, "_ENOUGH_BLOCKS", {"forward": 1, "backward": 1})

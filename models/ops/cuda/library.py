@@ -104,7 +104,9 @@ def _find_reason() -> str | None:
 
 def shared_bytes(device: torch.device) -> int:
     """Shared memory that a block can have, less what kernels declare for themselves."""
-    return torch.cuda.get_device_properties(device).shared_memory_per_block_optin - 1024
+    properties = torch.cuda.get_device_properties(device)
+    # an older PyTorch does not tell: what every GPU from compute capability 7.0 on has
+    return getattr(properties, "shared_memory_per_block_optin", 65_536) - 1024
 
 
 def copies_to_shared(device: torch.device) -> bool:

@@ -115,7 +115,8 @@ def _layout(name: str, length: int, states: int, rank: int) -> _Layout:
             return _Layout(0, 16, 16, 1, 1, 8, 2)
         return _Layout(0, 32, 8, 2, 1, 8, 1)
     # long sequences of one state are limited by memory alone: few borders, many tokens a block
-    token_warps = 4 if length > 2048 and rank <= 16 else 1
+    # (and dt_low of such a block must fit into 64 KB)
+    token_warps = 4 if length > 2048 and rank <= 12 else 1
     return _Layout(1, 32, 8, 1, token_warps, 4 // token_warps, 6 if name == "forward" else 4)
 
 
