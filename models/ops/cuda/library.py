@@ -143,7 +143,8 @@ def load_kernels(device: int, source: str, definitions: tuple[str, ...]) -> Kern
     options = (f"--gpu-architecture=sm_{major}{minor}", "--std=c++17",
                *(f"-D{definition}" for definition in definitions))  # fmt: skip
     with torch.cuda.device(device):
-        torch.cuda.current_stream().synchronize()  # makes the context that a module is loaded into
+        if not torch.cuda.is_current_stream_capturing():
+            torch.cuda.synchronize()  # makes the context that a module is loaded into
         return _load_kept(library, source, options)
 
 
