@@ -120,6 +120,13 @@ class TestEmulated:
         assert_rows(inputs, 1e-6, truth=selective_scan_chunked)
 
     @pytest.mark.parametrize("states", [1, 2])
+    def test_small_steps(self, states):
+        """Where dt is 1e-4, so is the slope of softplus: 1 - e^-dt as it stands has four digits."""
+        inputs = of_rows.make_inputs(1, 3, states, 40, 1)
+        inputs[1] -= 8
+        assert_rows(inputs, 1e-5)
+
+    @pytest.mark.parametrize("states", [1, 2])
     def test_steps_past_the_end_count_for_nothing(self, states):
         """Without softplus the bias alone, as there is no delta, would make infinite decays."""
         inputs = of_rows.make_inputs(1, 3, states, 37, 1)
