@@ -15,7 +15,6 @@ __device__ inline float exp2_fast(float x) {
     return out;
 }
 // For the compiler x changes here: it neither looks at it before nor computes it again after.
-__device__ inline void keep(unsigned &x) { asm volatile("" : "+r"(x)); }
 __device__ inline void keep(float &x) { asm volatile("" : "+f"(x)); }
 __device__ inline void keep(int &x) { asm volatile("" : "+r"(x)); }
 // The same, not to be left to a branch.

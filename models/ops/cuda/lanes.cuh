@@ -123,9 +123,7 @@ __device__ inline float from_lane_after(float handed, float entering, int lane) 
 // The beginning of a sum over the lanes of each row: what follows are sums over 16 lanes. Of two
 // rows of a lane the first goes to lanes 0 to 15, the second to the others.
 __device__ inline float halve_lanes(const float (&value)[ROWS], int lane) {
-#if SEGMENT == 16
-    return value[0];
-#elif ROWS == 2
+#if ROWS == 2
     bool is_upper = lane >= LANES / 2;
     float own = is_upper ? value[1] : value[0], other = is_upper ? value[0] : value[1];
     return own + __shfl_xor_sync(ALL, other, LANES / 2);

@@ -10,6 +10,7 @@ from torch import Tensor
 from models.ops.cuda.library import check_tensor
 from models.ops.cuda.scan import Scan, count_borders, scan_backward, scan_forward
 from models.ops.selective_scan.gradients import register_gradients
+from models.ops.triton_support import contiguous
 
 
 def selective_scan_cuda(
@@ -130,7 +131,7 @@ def _as_scan(
 ) -> Scan:
     """Each group of channels as a source that is walked once."""
     tensors = (u, delta, A, B, C, D, delta_bias)
-    u, delta, A, B, C, D, delta_bias = (None if x is None else x.contiguous() for x in tensors)
+    u, delta, A, B, C, D, delta_bias = map(contiguous, tensors)
     groups = B.shape[1]
     return Scan(
         u=_grouped(u, groups).unbind(),

@@ -69,7 +69,7 @@ def _forward(
     """
     x = x.contiguous()
     batch, channels, *hw = x.shape
-    pixels, _ = _tables(*hw, scan, window, x.device)
+    pixels, steps = _tables(*hw, scan, window, x.device)
     orders = _empty_orders(x, scan)
     tokens = x.flatten(2)
     to_orders(tokens.expand_as(orders), orders, hw, pixels, first_source=2 - len(orders))
@@ -81,7 +81,6 @@ def _forward(
     y = torch.empty_like(x)
     directions = x.new_empty(2, batch, 2, channels, tokens.shape[2])
     borders = scan_forward(_as_scan(tokens, orders, projected, weight, bias, A, D), directions)
-    _, steps = _tables(*hw, scan, window, x.device)
     merge_orders(directions, y.flatten(2), hw, steps)
     return y, orders, projected, borders
 
