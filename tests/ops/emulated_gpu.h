@@ -81,10 +81,11 @@ static float exp2_fast(float x) { return exp2f(x); }
 #ifdef SEGMENT
 static float exp2_always(float x) { return exp2f(x); }
 template <int distance, int rows> static void join_up(float (&decay)[rows], float (&end)[rows]) {
-    bool has = threadIdx.x % SEGMENT >= distance;
+    const int apart = distance * (32 / SEGMENT);  // the lanes of segments alternate
+    bool has = threadIdx.x % 32 >= apart;
     for (int r = 0; r < rows; r++) {
-        float d = __shfl_up_sync(0u, decay[r], distance, SEGMENT);
-        float e = __shfl_up_sync(0u, end[r], distance, SEGMENT);
+        float d = __shfl_up_sync(0u, decay[r], apart);
+        float e = __shfl_up_sync(0u, end[r], apart);
         if (has) end[r] = decay[r] * e + end[r], decay[r] *= d;
     }
 }

@@ -10,10 +10,10 @@ template <int distance>
 __device__ inline void join_up(float (&decay)[ROWS], float (&end)[ROWS]) {
     asm volatile(
         "{ .reg .pred p; .reg .f32 d, e;"
-        " shfl.sync.up.b32 e|p, %1, %2, %3, -1; shfl.sync.up.b32 d, %0, %2, %3, -1;"
+        " shfl.sync.up.b32 e|p, %1, %2, 0, -1; shfl.sync.up.b32 d, %0, %2, 0, -1;"
         " @p fma.rn.f32 %1, %0, e, %1; @p mul.f32 %0, %0, d; }"
         : "+f"(decay[0]), "+f"(end[0])
-        : "n"(distance), "n"((LANES - SEGMENT) << 8));
+        : "n"(distance * SEGMENTS));
 }
 
 // The same along and against the order of the lanes of a whole warp; besides, a sum over 16 lanes.
@@ -61,7 +61,7 @@ __device__ inline void join_lanes(float (&decay)[ROWS], float (&end)[ROWS], int 
     join_up<8>(decay, end);
 #endif
     EACH_ROW {
-        float other = __shfl_up_sync(ALL, end[r], SEGMENT / 2, SEGMENT);
+        float other = __shfl_up_sync(ALL, end[r], LANES / 2);
         if (lane >= SEGMENT / 2) end[r] = fmaf(decay[r], other, end[r]);
     }
 }
@@ -90,7 +90,7 @@ __device__ inline void sum_up(const float (&x)[ROWS], int lane, float (&sum)[ROW
         sum[r] = x[r];
 #pragma unroll
         for (int distance = 1; distance < SEGMENT; distance *= 2) {
-            float other = __shfl_up_sync(ALL, sum[r], distance, SEGMENT);
+            float other = __shfl_up_sync(ALL, sum[r], distance * SEGMENTS);
             if (lane >= distance) sum[r] += other;
         }
         keep(sum[r]);
@@ -102,7 +102,7 @@ __device__ inline void sum_down(const float (&x)[ROWS], int lane, float (&sum)[R
         sum[r] = x[r];
 #pragma unroll
         for (int distance = 1; distance < SEGMENT; distance *= 2) {
-            float other = __shfl_down_sync(ALL, sum[r], distance, SEGMENT);
+            float other = __shfl_down_sync(ALL, sum[r], distance * SEGMENTS);
             if (lane + distance < SEGMENT) sum[r] += other;
         }
         keep(sum[r]);
@@ -111,12 +111,12 @@ __device__ inline void sum_down(const float (&x)[ROWS], int lane, float (&sum)[R
 
 // What enters a lane: what the one before hands on, into the first what enters the segment.
 __device__ inline float from_lane_before(float handed, float entering, int lane) {
-    handed = __shfl_up_sync(ALL, handed, 1, SEGMENT);
+    handed = __shfl_up_sync(ALL, handed, SEGMENTS);
     return lane == 0 ? entering : handed;
 }
 
 __device__ inline float from_lane_after(float handed, float entering, int lane) {
-    handed = __shfl_down_sync(ALL, handed, 1, SEGMENT);
+    handed = __shfl_down_sync(ALL, handed, SEGMENTS);
     return lane == SEGMENT - 1 ? entering : handed;
 }
 

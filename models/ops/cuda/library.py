@@ -29,8 +29,10 @@ class Kernels:
 
     def __init__(self, driver: ctypes.CDLL, image: bytes) -> None:
         self._driver = driver
+        self._context = ctypes.c_void_p()
         self._module = ctypes.c_void_p()
         self._image = image  # as long as the module
+        self._check(driver.cuCtxGetCurrent(ctypes.byref(self._context)))
         self._check(driver.cuModuleLoadData(ctypes.byref(self._module), image))
         self._functions: dict[str, ctypes.c_void_p] = {}
         self._shared_bytes: dict[str, int] = {}
@@ -39,6 +41,8 @@ class Kernels:
         self, name: str, blocks: int, threads: int, shared_bytes: int, arguments: ctypes.Structure
     ) -> None:
         """Start a kernel that takes `arguments` on the current stream."""
+        # a thread that has not used the device yet, as autograd's, has no context
+        self._check(self._driver.cuCtxSetCurrent(self._context))
         function = self._functions.get(name)
         if function is None:
             function = self._functions[name] = ctypes.c_void_p()
@@ -95,7 +99,7 @@ def _find_reason() -> str | None:
     if torch.cuda.get_device_capability() < _LEAST_CAPABILITY:
         return "the GPU is older than compute capability 7.0"
     try:
-        load_kernels(torch.cuda.current_device(), "reorder.cu", ("TOKENS=float",))
+        load_kernels(torch.cuda.current_device(), "reorder.cu", ("TOKENS=float", "SIDE=32"))
     except (OSError, AttributeError, RuntimeError) as error:
         log.info("no CUDA scan: %s", error)
         return str(error)

@@ -1,12 +1,11 @@
 // The pixels of a map in the order in which they are scanned, and back.
 //
 // Two orders, called sources: rows first and columns first. Of a whole map ("cross") the first is
-// the map's own and the second its transpose, brought over in tiles of 32 x 32; inside windows both
-// are looked up in a table. Compiled with the macro TOKENS (float, bf16 or half).
+// the map's own and the second its transpose, brought over in tiles; inside windows both are looked
+// up in a table. Compiled with the macros TOKENS (float, bf16 or half) and SIDE (of a tile).
 
 #include "numbers.cuh"
 
-#define SIDE 32
 #define THREADS 256
 #define STRIPE (THREADS / SIDE)
 
@@ -53,9 +52,10 @@ extern "C" __global__ void __launch_bounds__(THREADS) permute(const Reorder task
         for (int part = 0; part < task.parts; part++)
 #pragma unroll
             for (int k = 0; k < SIDE / STRIPE; k++) {
-                int at = min(start + k * THREADS, length - 1);
-                sum[k] += to_float(in[part * task.in_part_stride +
-                                      (table == nullptr ? at : table[at])]);
+                int at = start + k * THREADS;
+                if (at < length)
+                    sum[k] += to_float(in[part * task.in_part_stride +
+                                          (table == nullptr ? at : table[at])]);
             }
 #pragma unroll
         for (int k = 0; k < SIDE / STRIPE; k++) {
@@ -70,9 +70,10 @@ extern "C" __global__ void __launch_bounds__(THREADS) permute(const Reorder task
     for (int part = 0; part < task.parts; part++)
 #pragma unroll
         for (int k = 0; k < SIDE / STRIPE; k++) {
-            int row = min(left + stripe + k * STRIPE, task.width - 1);
-            sum[k] += to_float(in[part * task.in_part_stride + row * task.height +
-                                  min(top + across, task.height - 1)]);
+            int row = left + stripe + k * STRIPE;
+            if (row < task.width && top + across < task.height)
+                sum[k] += to_float(in[part * task.in_part_stride + row * task.height + top +
+                                      across]);
         }
 #pragma unroll
     for (int k = 0; k < SIDE / STRIPE; k++) tile[stripe + k * STRIPE][across] = sum[k];

@@ -10,8 +10,6 @@ from torch import Tensor
 
 from models.ops.cuda import library
 
-_SIDE = 32  # of a tile of pixels
-
 
 class _Arguments(ctypes.Structure):
     """The struct Reorder of reorder.cu."""
@@ -58,7 +56,7 @@ def merge_orders(x: Tensor, out: Tensor, hw: tuple[int, int], table: Tensor | No
         in_walk_stride=x.stride(2),
         out_batch_stride=out.stride(0),
     )
-    _launch("merge", arguments, out, (1, batch, 1, rows), hw, table)
+    _launch("merge", 32, arguments, out, (1, batch, 1, rows), hw, table)
 
 
 def _permute(
@@ -80,11 +78,13 @@ def _permute(
         first_source=first_source,
         parts=x.shape[0],
     )
-    _launch("permute", arguments, out, out.shape[:4], hw, table)
+    side = 64 if min(hw) > 32 else 32  # of a tile: the larger, the more is on its way at once
+    _launch("permute", side, arguments, out, out.shape[:4], hw, table)
 
 
 def _launch(
     name: str,
+    side: int,
     arguments: _Arguments,
     out: Tensor,
     counts: tuple[int, int, int, int],
@@ -94,8 +94,8 @@ def _launch(
     _, arguments.batch, arguments.walks, arguments.rows = counts
     arguments.height, arguments.width = hw
     arguments.table = None if table is None else table.data_ptr()
-    arguments.tiles = math.prod(math.ceil(side / _SIDE) for side in hw)
+    arguments.tiles = math.prod(math.ceil(length / side) for length in hw)
     blocks = arguments.tiles * math.prod(counts)
     if blocks:
-        definitions = (f"TOKENS={library.TYPES[out.dtype]}",)
+        definitions = (f"TOKENS={library.TYPES[out.dtype]}", f"SIDE={side}")
         library.launch("reorder.cu", definitions, name, blocks, 256, 0, arguments, out)

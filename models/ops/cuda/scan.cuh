@@ -27,7 +27,8 @@
 
 #include "device.cuh"
 
-#define WARP_ROWS (ROWS * (LANES / SEGMENT))
+#define SEGMENTS (LANES / SEGMENT)  // of a warp; their lanes alternate
+#define WARP_ROWS (ROWS * SEGMENTS)
 #define THREADS (TOKEN_WARPS * ROW_WARPS * LANES)
 #define CHUNK (TOKEN_WARPS * SEGMENT * STEPS)
 #define PIECES (STEPS / 4)  // of four tokens, that a lane reads and writes at once
@@ -40,7 +41,7 @@
 struct Scan {
     const TOKENS *u, *delta;
     const MATRIX *low, *B, *C;  // low: dt_low, or null where delta is given
-    const float *A, *D, *bias, *weight;  // (groups, channels[, states or rank])
+    const float *A, *D, *bias, *weight;  // (groups, channels[, states or rank]); A or log(-A)
     TOKENS *y;
     float *borders;  // what chunks hand on
     int *ticket;
@@ -55,7 +56,8 @@ struct Scan {
     long long part_stride, part_kind_stride;
     long long part_source_stride, part_batch_stride, part_walk_stride;
     int batch, groups, sources, channels, length, states, rank, chunks, blocks, passes;
-    int softplus, zero;  // zero: what the compiler does not know
+    int softplus, has_logs;  // has_logs: of A
+    int zero;                // what the compiler does not know
 };
 
 // Of a block, in shared memory: registers are scarce.
@@ -92,7 +94,7 @@ __device__ inline void take_place(const Scan &scan, bool backward, Place &place,
     }
     __syncthreads();
     int warp = threadIdx.x / LANES;
-    self.lane = threadIdx.x % SEGMENT;
+    self.lane = threadIdx.x % LANES / SEGMENTS;
     self.token_warp = warp % TOKEN_WARPS, self.row_warp = warp / TOKEN_WARPS;
     self.at = place.chunk * CHUNK + (self.token_warp * SEGMENT + self.lane) * STEPS;
 }
@@ -107,7 +109,7 @@ struct Rows {
 __device__ inline Rows rows_of(const Scan &scan, const Place &place, const Self &self, int pass) {
     Rows rows;
     rows.first = ((place.block * scan.passes + pass) * ROW_WARPS + self.row_warp) * WARP_ROWS;
-    rows.first += threadIdx.x % LANES / SEGMENT * ROWS;
+    rows.first += threadIdx.x % SEGMENTS * ROWS;
     EACH_ROW {
         rows.is_there[r] = rows.first + r < scan.channels;
         rows.row[r] = min(rows.first + r, scan.channels - 1);
@@ -118,7 +120,7 @@ __device__ inline Rows rows_of(const Scan &scan, const Place &place, const Self 
 // What belongs to the channels.
 struct Scalars {
     float bias[ROWS], skip[ROWS];
-    float rates[ROWS];  // of 16 states, one a lane, from which they are read; decay for base 2
+    float rates[ROWS];  // of 16 states, one a lane
 };
 
 __device__ inline long long channel_of(const Scan &scan, const Place &place, const Rows &rows,
@@ -128,9 +130,23 @@ __device__ inline long long channel_of(const Scan &scan, const Place &place, con
 
 __device__ inline void load_rates(const Scan &scan, const Place &place, const Rows &rows,
                                   int first, Scalars &scalars) {
-    int n = min(first + (int)threadIdx.x % 16, scan.states - 1);
-    EACH_ROW scalars.rates[r] =
-        scan.A[channel_of(scan, place, rows, r) * scan.states + n] * LOG2_E;
+    int n = min(first + (int)threadIdx.x % LANES / SEGMENTS % 16, scan.states - 1);
+    EACH_ROW scalars.rates[r] = scan.A[channel_of(scan, place, rows, r) * scan.states + n];
+}
+
+// The rate of decay for base 2, from what A holds.
+__device__ inline float rate_of(const Scan &scan, float A) {
+    return scan.has_logs ? -LOG2_E * exp2_fast(A * LOG2_E) : A * LOG2_E;
+}
+
+// The gradient of what A holds, from that of the rate for base e.
+__device__ inline float for_held(const Scan &scan, float for_rate, float rate) {
+    return scan.has_logs ? for_rate * rate * (1.0f / LOG2_E) : for_rate;
+}
+
+// What lane k of this lane's segment has.
+__device__ inline float of_lane(float x, int k) {
+    return __shfl_sync(ALL, x, k * SEGMENTS + threadIdx.x % SEGMENTS);
 }
 
 __device__ inline Scalars scalars_of(const Scan &scan, const Place &place, const Rows &rows) {

@@ -26,7 +26,8 @@ class Scan(NamedTuple):
     delta: (sources, batch, walks, D, L), or None where dt = weight · low.
     low: (sources, batch, walks, R, L), or None.
     B, C: (sources, batch, walks, N, L), of one dtype with low.
-    A: (groups, D, N); D, bias: (groups, D) or None; weight: (groups, D, R) or None; float32.
+    A: (groups, D, N), log(-A) if has_logs.
+    D, bias: (groups, D) or None; weight: (groups, D, R) or None; they and A in float32.
     """
 
     u: tuple[Tensor, ...]
@@ -39,6 +40,7 @@ class Scan(NamedTuple):
     bias: Tensor | None
     weight: Tensor | None
     softplus: bool
+    has_logs: bool = False
 
     @property
     def sizes(self) -> tuple[int, int, int, int]:
@@ -71,7 +73,7 @@ class _Arguments(ctypes.Structure):
         )),
         *((name, ctypes.c_int) for name in (
             "batch", "groups", "sources", "channels", "length", "states", "rank", "chunks",
-            "blocks", "passes", "softplus", "zero",
+            "blocks", "passes", "softplus", "has_logs", "zero",
         )),
     ]  # fmt: skip
 
@@ -159,7 +161,8 @@ def scan_backward(
         grad_u, grad_delta: (sources, batch, walks, D, L).
     Returns:
         Float32 gradients of B and C (parts, sources, batch, walks, 2, N, L), to be summed over the
-        parts, and of A, D and the bias (groups, D, N + 2).
+        parts, and of what A holds, D and the bias
+        (groups, D, N + 2).
     """
     groups, batch, channels, length = scan.sizes
     states = scan.states
@@ -205,7 +208,7 @@ def _arguments(name: str, scan: Scan, own: Tensor, borders: Tensor) -> _Argument
     pointers = {
         name: 0 if x is None else x.data_ptr()
         for name, x in scan._asdict().items()
-        if name not in ("u", "softplus")
+        if name not in ("u", "softplus", "has_logs")
     }
     own_source_stride, own_batch_stride, own_walk_stride = own.stride()[:3]
     matrix_source_stride, matrix_batch_stride, matrix_walk_stride = scan.B.stride()[:3]
@@ -232,6 +235,7 @@ def _arguments(name: str, scan: Scan, own: Tensor, borders: Tensor) -> _Argument
         blocks=math.ceil(channels / (layout.block_rows * passes)),
         passes=passes,
         softplus=scan.softplus,
+        has_logs=scan.has_logs,
     )
 
 

@@ -96,7 +96,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) forward(const Scan
         bool hands_on = place.chunk + 1 < scan.chunks && has_border && self.lane == SEGMENT - 1;
         const float *entry = scan.borders + border_of(scan, place, rows, place.chunk - 1);
         float *way_out = scan.borders + border_of(scan, place, rows, place.chunk);
-        Border border = look(entry, takes_over);
+        Border border = 0;
         if (PREFETCH) wait_for_copies();
         EACH_ROW take_tokens(scan.u + place.shared + (long long)rows.row[r] * length, areas.slots,
                              r, self.at, length, place.reversed, input[r]);
@@ -108,9 +108,11 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) forward(const Scan
         if (PREFETCH && pass + 1 < scan.passes)
             fetch_inputs(scan, place, self, rows_of(scan, place, self, hidden(pass + 1)),
                          areas.slots, areas.slots + SLOTS);
+        Scalars coming = scalars_of(scan, place, rows_of(scan, place, self, hidden(pass + 1)));
         for (int first = 0; first < scan.states; first += STAGE) {
             int count = min(scan.states - first, STAGE);
             if (first > 0) load_rates(scan, place, rows, first, scalars);
+            EACH_ROW scalars.rates[r] = rate_of(scan, scalars.rates[r]);
             if (pass == 0 || scan.states > STAGE) {
                 __syncthreads();
                 stage_matrices(scan, place, first, count, areas.matrices);
@@ -120,8 +122,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) forward(const Scan
                 Tokens decay;
                 float b[STEPS], c[STEPS], rate[ROWS], whole[ROWS], end[ROWS];
                 float carry[ROWS], last[ROWS], state[ROWS];
+                read_handed(entry, takes_over, border);
                 read_tile(tile + 2 * k * TILE_ROW, b);
-                EACH_ROW rate[r] = __shfl_sync(ALL, scalars.rates[r], k, 16);
+                EACH_ROW rate[r] = of_lane(scalars.rates[r], k);
                 walk(dt, input, span, rate, b, decay, whole, end);
                 join_lanes(whole, end, self.lane);
                 decay_over(span_up, rate, whole);
@@ -131,7 +134,6 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) forward(const Scan
                 if (hands_on) hand_on(way_out, last);
                 EACH_ROW state[r] = from_lane_before(last[r], carry[r], self.lane);
                 entry += width, way_out += width;
-                read_handed(entry, takes_over && first + k + 1 < scan.states, border);
                 read_tile(tile + (2 * k + 1) * TILE_ROW, c);
                 add_outputs(decay, input, b, c, state, y);
             }
@@ -140,7 +142,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) forward(const Scan
         EACH_ROW if (rows.is_there[r])
             store_tokens(scan.y + place.own + (long long)rows.row[r] * length, self.at, length,
                          place.reversed, y[r]);
-        scalars = scalars_of(scan, place, rows_of(scan, place, self, hidden(pass + 1)));
+        scalars = coming;
     }
 }
 
@@ -213,11 +215,12 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) backward(const Sca
         sum_up(span, self.lane, span_up);
         sum_down(span, self.lane, span_down);
         if (PREFETCH && pass + 1 < scan.passes) {
-            Rows coming = rows_of(scan, place, self, hidden(pass + 1));
-            fetch_inputs(scan, place, self, coming, areas.slots + (pass + 1) % 2 * SLOTS,
+            Rows next = rows_of(scan, place, self, hidden(pass + 1));
+            fetch_inputs(scan, place, self, next, areas.slots + (pass + 1) % 2 * SLOTS,
                          delta_slots);
-            fetch_gradients(scan, place, self, coming, grad_slots);
+            fetch_gradients(scan, place, self, next, grad_slots);
         }
+        Scalars coming = scalars_of(scan, place, rows_of(scan, place, self, hidden(pass + 1)));
         RowSums row_sums = row_sums_of(scan, place, self, rows);
         bool has_border = rows.first < width;
         bool takes_over = place.chunk + 1 < scan.chunks && has_border;
@@ -229,6 +232,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) backward(const Sca
         for (int first = 0; first < scan.states; first += STAGE) {
             int count = min(scan.states - first, STAGE);
             if (first > 0) load_rates(scan, place, rows, first, scalars);
+            EACH_ROW scalars.rates[r] = rate_of(scan, scalars.rates[r]);
             if (pass == 0 || scan.states > STAGE) {
                 __syncthreads();
                 stage_matrices(scan, place, first, count, areas.matrices);
@@ -240,12 +244,15 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) backward(const Sca
             int turns = max(count, ROW_WARPS);  // no two warps are at the same state
             int earlier = scan.states > STAGE ? 0 : pass * turns;
             Turns order = {done, self.row_warp, turns};
+            // of these states what entered the chunk in the forward: one a lane, as the rates
+            Border inherited = look(entry + (first + min(self.lane % 16, count - 1)) * width,
+                                    has_before);
             int k = self.row_warp;
             int at = (first + min(k, count - 1)) * width;
             Border border = look(late + at, takes_over);
-            Border inherited = look(entry + at, has_before);
-            float sum = 0.0f;                        // for the rate of the turn before, of 16 lanes
-            int summed = first + min(k, count - 1);  // the state that it belongs to
+            float sum = 0.0f;    // for the rate of the turn before, of 16 lanes
+            int summed = LANES;  // the state that it belongs to
+            float for_rates;     // of state n in lane n, of each half of a warp
             for (int turn = earlier; turn < earlier + turns; turn++) {
                 if (k < count) {
                     Tokens decay;
@@ -254,16 +261,16 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) backward(const Sca
                     float carry[ROWS], from[ROWS], last[ROWS], state[ROWS], back[ROWS];
                     read_tile(tile + 2 * k * TILE_ROW, b);
                     read_tile(tile + (2 * k + 1) * TILE_ROW, c);
-                    EACH_ROW rate[r] = __shfl_sync(ALL, scalars.rates[r], k, 16);
+                    EACH_ROW rate[r] = of_lane(scalars.rates[r], k);
                     walk(dt, input, span, rate, b, decay, whole, end);
                     walk_back(decay, dy, c, end_back);
                     EACH_ROW whole_back[r] = whole[r];
                     join_lanes(whole, end, whole_back, end_back, sum, self.lane);
                     decay_over(span_up, rate, whole);
                     decay_over(span_down, rate, whole_back);
-                    if (row_sums.is_writer) row_sums.at[summed] = sum;
+                    if (self.lane % 16 == summed) for_rates = sum;
                     wait_for(scan, late + at, end_back[0], border);
-                    EACH_ROW carry[r] = state_of(inherited, r);
+                    EACH_ROW carry[r] = of_lane(state_of(inherited, r), k);
                     EACH_ROW from[r] = state_of(border, r);
                     EACH_ROW last[r] = fmaf(whole_back[r], from[r], end_back[r]);
                     if (hands_on) hand_on(way_out + at, last);
@@ -276,12 +283,11 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) backward(const Sca
                     int coming = k + 1 == turns ? 0 : k + 1;  // if it is there, else the last
                     at = (first + min(coming, count - 1)) * width;
                     border = look(late + at, takes_over);
-                    inherited = look(entry + at, has_before);
                     float for_rate[ROWS];
                     add_gradients(dt, input, dy, decay, rate, b, c, state, back, for_b, for_c,
                                   token_sums, for_rate);
                     sum = halve_lanes(for_rate, self.lane);
-                    summed = first + k;
+                    summed = k;
                     order.wait(turn, seen);
                     float4 *own_sums = areas.sums + 2 * k * TILE_ROW + self.lane;
                     add_to_tile(own_sums, for_b);
@@ -292,12 +298,14 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) backward(const Sca
                 k = k + 1 == turns ? 0 : k + 1;
                 if (k == 0 && turns > count) {  // what was read on the way here is the last state's
                     at = first * width;
-                    border = look(late + at, takes_over);
-                    inherited = look(entry + at, has_before);
+                    read_handed(late + at, takes_over, border);
                 }
             }
             sum = sum_half(sum);
-            if (row_sums.is_writer) row_sums.at[summed] = sum;
+            if (self.lane % 16 == summed) for_rates = sum;
+            if (row_sums.is_writer && self.lane % 16 < count)
+                row_sums.at[first + self.lane % 16] = for_held(
+                    scan, for_rates, scalars.rates[self.lane < LANES / 2 ? 0 : ROWS - 1]);
             if (pass + 1 == scan.passes || scan.states > STAGE) {
                 __syncthreads();
                 store_sums(scan, place, first, count, areas.sums);
@@ -305,6 +313,6 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) backward(const Sca
         }
         rows = rows_of(scan, place, self, hidden(pass));
         finish_rows(scan, place, self, rows, scalars, slots, dt, dy, token_sums, row_sums);
-        scalars = scalars_of(scan, place, rows_of(scan, place, self, hidden(pass + 1)));
+        scalars = coming;
     }
 }

@@ -99,10 +99,10 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) forward(const Scan
         EACH_STEP y[0][i] = scalars.skip[0] * input[0][i];
         begin_rows(dt, input, span);
         Rows coming = rows_of(scan, place, self, pass + 1);
-        float rate[ROWS] = {scalars.rates[0]};
+        float rate[ROWS] = {rate_of(scan, scalars.rates[0])};
         if (PREFETCH && pass + 1 < scan.passes)
             fetch_inputs(scan, place, self, coming, slots, slots + SLOTS);
-        scalars = scalars_of(scan, place, coming);
+        Scalars next = scalars_of(scan, place, coming);
 
         walk(dt, input, span, rate, b, decay, whole, end);
         join_lanes(whole, end, self.lane);
@@ -126,6 +126,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) forward(const Scan
             store_tokens(scan.y + place.own + (long long)rows.row[0] * length, self.at, length,
                          place.reversed, y[0]);
         rows = coming;
+        scalars = next;
     }
 }
 
@@ -202,16 +203,17 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) backward(const Sca
             fetch_gradients(scan, place, self, coming, grad_slots);
         }
         Scalars next = scalars_of(scan, place, coming);
+        float rate[ROWS] = {rate_of(scan, scalars.rates[0])};
 
-        walk(dt, input, span, scalars.rates, b, decay, whole, end);
+        walk(dt, input, span, rate, b, decay, whole, end);
         walk_back(decay, dy, c, end_back);
         whole_back[0] = whole[0];
         float unused = 0.0f;
         join_lanes(whole, end, whole_back, end_back, unused, self.lane);
         sum_up(span, self.lane, span_up);
         sum_down(span, self.lane, span_down);
-        decay_over(span_up, scalars.rates, whole);
-        decay_over(span_down, scalars.rates, whole_back);
+        decay_over(span_up, rate, whole);
+        decay_over(span_down, rate, whole_back);
         Others before = {1.0f, 0.0f}, after = {1.0f, 0.0f};
         if (TOKEN_WARPS > 1) {
             Totals(&total)[TOKEN_WARPS] = totals[pass % 2][self.row_warp];
@@ -233,11 +235,12 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) backward(const Sca
         if (hands_on && is_there) write_handed(way_out, __float_as_uint(last));
         back[0] = from_lane_after(last, fmaf(after.decay, from, after.end), self.lane);
         state[0] = from_lane_before(fmaf(whole[0], carry, end[0]), carry, self.lane);
-        add_gradients(dt, input, dy, decay, scalars.rates, b, c, state, back, for_b, for_c,
+        add_gradients(dt, input, dy, decay, rate, b, c, state, back, for_b, for_c,
                       token_sums, for_rate);
         RowSums row_sums = row_sums_of(scan, place, self, rows);
         float sum = sum_half(halve_lanes(for_rate, self.lane));
-        if (row_sums.is_writer) row_sums.at[0] = sum;
+        if (row_sums.is_writer && self.lane % 16 == 0)
+            row_sums.at[0] = for_held(scan, sum, rate[0]);
         finish_rows(scan, place, self, rows, scalars, slots, dt, dy, token_sums, row_sums);
         rows = coming;
         scalars = next;

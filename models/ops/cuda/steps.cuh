@@ -88,8 +88,8 @@ __device__ inline void begin_rows(const Tokens &dt, Tokens &input, float (&span)
     }
 }
 
-// Where the sums over the tokens of a lane's row go, of A's gradient first: the lanes 0 and 16 of a
-// warp (of one row: 0 alone) write them.
+// Where the sums over the tokens of a row go, of A's gradient first. Of two rows of a lane lanes 0
+// to 15 write those of the first and the others those of the second; of one row lanes 0 to 15 do.
 struct RowSums {
     float *at;
     bool is_writer;
@@ -97,11 +97,10 @@ struct RowSums {
 
 __device__ inline RowSums row_sums_of(const Scan &scan, const Place &place, const Self &self,
                                       const Rows &rows) {
-    bool is_second = ROWS == 2 && self.lane >= LANES / 2;
-    int row = is_second ? rows.row[ROWS - 1] : rows.row[0];
+    bool is_upper = self.lane >= LANES / 2;
+    int row = is_upper ? rows.row[ROWS - 1] : rows.row[0];
     RowSums sums;
-    sums.is_writer = threadIdx.x % (SEGMENT / ROWS) == 0 &&
-                     (is_second ? rows.is_there[ROWS - 1] : rows.is_there[0]);
+    sums.is_writer = is_upper ? ROWS == 2 && rows.is_there[ROWS - 1] : rows.is_there[0];
     long long part = ((long long)place.batch * scan.chunks + place.chunk) * TOKEN_WARPS +
                      self.token_warp;
     part = (part * scan.groups + place.group) * scan.channels + row;
@@ -136,9 +135,9 @@ __device__ inline void finish_rows(const Scan &scan, const Place &place, const S
         }
     }
     float skip_sum = sum_half(halve_lanes(for_skip, self.lane));
-    if (row_sums.is_writer) row_sums.at[scan.states] = skip_sum;
     float bias_sum = sum_half(halve_lanes(for_bias, self.lane));
-    if (row_sums.is_writer) row_sums.at[scan.states + 1] = bias_sum;
+    int n = self.lane % (LANES / 2);
+    if (row_sums.is_writer && n < 2) row_sums.at[scan.states + n] = n == 0 ? skip_sum : bias_sum;
 }
 
 // Where the block's sums for B and C go.

@@ -81,8 +81,10 @@ def _backward(
     delta_bias: Tensor | None,
     borders: Tensor,
     delta_softplus: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of u, delta, A, B, C, D and delta_bias, also of ones that are absent."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of u and delta, of B and C side by side (groups, batch, 2, N, L), and of A, D and
+    delta_bias side by side (D, N + 2); the last two in float32.
+    """
     scan = _as_scan(u, delta, A, B, C, D, delta_bias, delta_softplus)
     groups = B.shape[1]
     grad_u, grad_delta = (torch.empty_like(x, memory_format=torch.contiguous_format)
@@ -94,24 +96,26 @@ def _backward(
         _grouped(grad_u, groups)[:, :, None],
         _grouped(grad_delta, groups)[:, :, None],
     )
-    grad_B, grad_C = (
-        torch.empty_like(B, memory_format=torch.contiguous_format).copy_(x.transpose(0, 1))
-        for x in parts.sum(0)[:, :, 0].unbind(2)
-    )
-    grad_A, grad_D, grad_bias = rows.flatten(0, 1).split([A.shape[1], 1, 1], dim=1)
-    grad_D, grad_bias = (x.squeeze(1).clone() for x in (grad_D, grad_bias))
-    return grad_u, grad_delta, grad_A.clone(), grad_B, grad_C, grad_D, grad_bias
+    return grad_u, grad_delta, parts.sum(0).squeeze(2), rows.flatten(0, 1)
 
 
 @_backward.register_fake
 def _(grad_y, u, delta, A, B, C, D, delta_bias, borders, delta_softplus):
-    whole = (
-        torch.empty_like(x, memory_format=torch.contiguous_format) for x in (u, delta, A, B, C)
-    )
-    return *whole, A.new_empty(A.shape[:1]), A.new_empty(A.shape[:1])
+    whole = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (u, delta))
+    batch, groups, states, length = B.shape
+    matrices = A.new_empty(groups, batch, 2, states, length)
+    return *whole, matrices, A.new_empty(A.shape[0], states + 2)
 
 
-register_gradients(_forward, _backward)
+def _gradients(grad_y: Tensor, u: Tensor, delta: Tensor, A: Tensor, B: Tensor, *others):
+    """Gradients of u, delta, A, B, C, D and delta_bias, also of ones that are absent."""
+    grad_u, grad_delta, matrices, rows = _backward(grad_y, u, delta, A, B, *others)
+    grad_B, grad_C = matrices.to(B.dtype).transpose(0, 1).unbind(2)
+    grad_A, grad_D, grad_bias = rows.split([A.shape[1], 1, 1], dim=1)
+    return grad_u, grad_delta, grad_A, grad_B, grad_C, grad_D.squeeze(1), grad_bias.squeeze(1)
+
+
+register_gradients(_forward, _gradients)
 
 
 def _grouped(x: Tensor, groups: int) -> Tensor:

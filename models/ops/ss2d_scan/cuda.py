@@ -36,14 +36,12 @@ def ss2d_scan_cuda(
     kind = x.device.type
     if torch.is_autocast_enabled(kind):
         x_proj_weight = x_proj_weight.to(torch.get_autocast_dtype(kind))
-    # (2 orders, 2 walks · (R + 2N), D) from (4 directions, ...); direction = order + 2 · walk
-    to_projected = x_proj_weight.unflatten(0, (2, 2)).transpose(0, 1).flatten(1, 2)
     y, *_ = _forward(
         x,
-        to_projected,
+        x_proj_weight,
         dt_projs_weight.float(),
         dt_projs_bias.float(),
-        -torch.exp(A_logs.float()).unflatten(0, (4, -1)),
+        A_logs.float().unflatten(0, (4, -1)),
         Ds.float().unflatten(0, (4, -1)),
         scan,
         window,
@@ -57,15 +55,15 @@ def _forward(
     to_projected: Tensor,
     weight: Tensor,
     bias: Tensor,
-    A: Tensor,
+    A_logs: Tensor,
     D: Tensor,
     scan: str,
     window: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """y (B, D, H, W), and for the backward: orders, projections, and states between chunks.
 
-    x (B, D, H, W); to_projected (2 orders, 2 walks · (R + 2N), D); weight (4, D, R), bias and D
-    (4, D) and A (4, D, N) in float32.
+    x (B, D, H, W); to_projected (4, R + 2N, D); weight (4, D, R), bias and D (4, D) and A_logs
+    (4, D, N) in float32. Direction = order + 2 · walk.
     """
     x = x.contiguous()
     batch, channels, *hw = x.shape
@@ -73,24 +71,23 @@ def _forward(
     orders = _empty_orders(x, scan)
     tokens = x.flatten(2)
     to_orders(tokens.expand_as(orders), orders, hw, pixels, first_source=2 - len(orders))
-    on_map = torch.bmm(
-        to_projected.flatten(0, 1).expand(batch, -1, -1), tokens.to(to_projected.dtype)
-    )
-    projected = _empty_projected(x, to_projected)  # (2, B, 2 walks · (R + 2N), L)
-    to_orders(on_map.unflatten(1, (2, -1)).transpose(0, 1), projected, hw, pixels)
+    projected = _empty_projected(x, to_projected)
+    by_order = to_projected.unflatten(0, (2, 2)).transpose(0, 1).flatten(1, 2)
+    for source, rows, out in zip(_sources(tokens, orders), by_order, projected, strict=True):
+        torch.bmm(rows.expand(batch, -1, -1), source.to(rows.dtype), out=out)
     y = torch.empty_like(x)
     directions = x.new_empty(2, batch, 2, channels, tokens.shape[2])
-    borders = scan_forward(_as_scan(tokens, orders, projected, weight, bias, A, D), directions)
+    borders = scan_forward(_as_scan(tokens, orders, projected, weight, bias, A_logs, D), directions)
     merge_orders(directions, y.flatten(2), hw, steps)
     return y, orders, projected, borders
 
 
 @_forward.register_fake
-def _(x, to_projected, weight, bias, A, D, scan, window):
+def _(x, to_projected, weight, bias, A_logs, D, scan, window):
     batch, channels, height, width = x.shape
     y = torch.empty_like(x, memory_format=torch.contiguous_format)
-    count = count_borders(batch, 4, channels, height * width, A.shape[2], weight.shape[2])
-    return y, _empty_orders(x, scan), _empty_projected(x, to_projected), A.new_empty(count)
+    count = count_borders(batch, 4, channels, height * width, A_logs.shape[2], weight.shape[2])
+    return y, _empty_orders(x, scan), _empty_projected(x, to_projected), A_logs.new_empty(count)
 
 
 @torch.library.custom_op("cmfs::ss2d_scan_cuda_backward", mutates_args=())
@@ -100,18 +97,18 @@ def _backward(
     to_projected: Tensor,
     weight: Tensor,
     bias: Tensor,
-    A: Tensor,
+    A_logs: Tensor,
     D: Tensor,
     orders: Tensor,
     projected: Tensor,
     borders: Tensor,
     scan: str,
     window: int,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of x, to_projected, weight, bias, A and D."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of x, to_projected and weight; of A_logs, D and bias side by side (4, D, N + 2)."""
     x, grad_y = x.contiguous(), grad_y.contiguous()
     batch, channels, *hw = x.shape
-    rank, states = weight.shape[2], A.shape[2]
+    rank = weight.shape[2]
     tokens, grad_tokens = x.flatten(2), grad_y.flatten(2)
     pixels, steps = _tables(*hw, scan, window, x.device)
     grad_orders = torch.empty_like(orders)
@@ -120,7 +117,7 @@ def _backward(
     grad_directions, grad_dt = (x.new_empty(2, batch, 2, channels, tokens.shape[2])
                                 for _ in range(2))  # fmt: skip
     parts, rows = scan_backward(
-        _as_scan(tokens, orders, projected, weight, bias, A, D),
+        _as_scan(tokens, orders, projected, weight, bias, A_logs, D),
         borders,
         _sources(grad_tokens, grad_orders),
         grad_directions,
@@ -133,32 +130,29 @@ def _backward(
     # (2 orders, 1, 2 walks, R, D) from (4 directions, D, R)
     to_low = weight.unflatten(0, (2, 2)).permute(1, 0, 3, 2)[:, None].to(grad_dt.dtype)
     grad_low = torch.matmul(to_low, grad_dt).float()
-    # (2 orders, 2 walks, D, R) to (4 directions, D, R)
-    of_weight = _sum_products(grad_dt, by_walk, rank).sum(1).transpose(0, 1).flatten(0, 1)
-    on_map = A.new_empty(batch, *by_walk.shape[:1], *by_walk.shape[2:])  # of the projections
-    by_order = on_map.transpose(0, 1)
+    # over parts and images: (parts, 2 orders, B, 2 walks, D, R) to (4 directions, D, R)
+    of_weight = _products(grad_dt, by_walk, rank).permute(0, 2, 3, 1, 4, 5).sum((0, 1))
+    on_map = weight.new_empty(batch, *to_projected.shape[:2], tokens.shape[2])  # of the projections
+    by_order = on_map.unflatten(1, (2, 2)).permute(2, 0, 1, 3, 4)
     from_orders(grad_low[None], by_order[:, :, :, :rank], hw, steps)
     from_orders(parts.flatten(4, 5), by_order[:, :, :, rank:], hw, steps)
-    on_map = on_map.flatten(1, 3)  # (B, 4 · (R + 2N), L)
+    on_map = on_map.flatten(1, 2).to(x.dtype)  # (B, 4 · (R + 2N), L)
     back = to_projected.flatten(0, 1).T.expand(batch, -1, -1)
-    grad_x.flatten(2).baddbmm_(back.to(x.dtype), on_map.to(x.dtype))
-    of_projection = _sum_products(on_map.to(x.dtype), tokens, channels).sum(0)
-    of_A, of_D, of_bias = rows.split([states, 1, 1], dim=2)
+    grad_x.flatten(2).baddbmm_(back.to(x.dtype), on_map)
+    of_projection = _products(on_map, tokens, channels).sum((0, 1))
     return (
         grad_x,
         of_projection.view_as(to_projected).to(to_projected.dtype),
-        of_weight,
-        of_bias.squeeze(2).clone(),
-        of_A.clone(),
-        of_D.squeeze(2).clone(),
+        of_weight.flatten(0, 1),
+        rows,
     )
 
 
 @_backward.register_fake
-def _(grad_y, x, to_projected, weight, bias, A, D, orders, projected, borders, scan, window):
+def _(grad_y, x, to_projected, weight, bias, A_logs, D, orders, projected, borders, scan, window):
     whole = torch.contiguous_format
-    tensors = (x, to_projected, weight, bias, A, D)
-    return tuple(torch.empty_like(t, memory_format=whole) for t in tensors)
+    tensors = (torch.empty_like(t, memory_format=whole) for t in (x, to_projected, weight))
+    return *tensors, A_logs.new_empty(*A_logs.shape[:2], A_logs.shape[2] + 2)
 
 
 def _setup_context(ctx, inputs, output) -> None:
@@ -170,7 +164,9 @@ def _setup_context(ctx, inputs, output) -> None:
 def _differentiate(ctx, grad_y: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
     if grad_y is None:
         return (None,) * 8
-    return *_backward(grad_y, *ctx.saved_tensors, ctx.scan, ctx.window), None, None
+    *of_tensors, rows = _backward(grad_y, *ctx.saved_tensors, ctx.scan, ctx.window)
+    of_A, of_D, of_bias = rows.split([rows.shape[2] - 2, 1, 1], dim=2)
+    return *of_tensors, of_bias.squeeze(2), of_A, of_D.squeeze(2), None, None
 
 
 _forward.register_autograd(_differentiate, setup_context=_setup_context)
@@ -192,7 +188,8 @@ def _empty_orders(x: Tensor, scan: str) -> Tensor:
 
 
 def _empty_projected(x: Tensor, to_projected: Tensor) -> Tensor:
-    shape = (2, x.shape[0], to_projected.shape[1], x.shape[2] * x.shape[3])
+    """(2 orders, B, 2 walks · (R + 2N), L)."""
+    shape = (2, x.shape[0], 2 * to_projected.shape[1], x.shape[2] * x.shape[3])
     return x.new_empty(shape, dtype=to_projected.dtype)
 
 
@@ -207,10 +204,10 @@ def _as_scan(
     projected: Tensor,
     weight: Tensor,
     bias: Tensor,
-    A: Tensor,
+    A_logs: Tensor,
     D: Tensor,
 ) -> Scan:
-    rank, states = weight.shape[2], A.shape[2]
+    rank, states = weight.shape[2], A_logs.shape[2]
     low, B, C = projected.unflatten(2, (2, -1)).split([rank, states, states], dim=3)
     return Scan(
         u=_sources(tokens, orders),
@@ -218,18 +215,22 @@ def _as_scan(
         low=low,
         B=B,
         C=C,
-        A=A.contiguous(),
+        A=A_logs.contiguous(),
         D=D.contiguous(),
         bias=bias.contiguous(),
         weight=weight.contiguous(),
         softplus=True,
+        has_logs=True,
     )
 
 
-def _sum_products(gradient: Tensor, x: Tensor, columns: int) -> Tensor:
-    """gradient (..., rows, L) · xᵀ (..., columns or more, L), of which the first, in float32."""
+def _products(gradient: Tensor, x: Tensor, columns: int) -> Tensor:
+    """gradient (..., rows, L) · xᵀ (..., columns or more, L), of which the first, in float32.
+
+    (parts, ..., rows, columns), to be summed over parts of the tokens.
+    """
     if gradient.is_cuda and has_triton():
         from models.ops.ss2d_scan.triton import long_product
 
         return long_product(gradient, x, columns)
-    return torch.matmul(gradient.float(), x[..., :columns, :].float().mT)
+    return torch.matmul(gradient.float(), x[..., :columns, :].float().mT)[None]

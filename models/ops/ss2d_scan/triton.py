@@ -200,7 +200,7 @@ def _(x, weight):
 def _project_weight_gradient(gradient: Tensor, x: Tensor) -> Tensor:
     """dL/dweight (2, outputs, D) from gradient (2, B, outputs, L) and x (2, B, D, L)."""
     gradient, x = gradient.contiguous(), x.contiguous()
-    return long_product(gradient, x, x.shape[2]).sum(1).to(x.dtype)
+    return long_product(gradient, x, x.shape[2]).sum((0, 2)).to(x.dtype)
 
 
 @_project_weight_gradient.register_fake
@@ -209,7 +209,7 @@ def _(gradient, x):
 
 
 def long_product(gradient: Tensor, x: Tensor, columns: int) -> Tensor:
-    """gradient · xᵀ (..., rows, columns) in float32, summed over tokens.
+    """gradient · xᵀ (parts, ..., rows, columns) in float32, to be summed over parts of the tokens.
 
     gradient (..., rows, L); x (..., columns or more, L), of which the first count; both contiguous.
     """
@@ -241,7 +241,7 @@ def long_product(gradient: Tensor, x: Tensor, columns: int) -> Tensor:
                 shape.tokens,
                 PRECISION="ieee" if exact else "tf32",
             )
-    return parts.sum(0)
+    return parts
 
 
 def _setup_project(ctx, inputs, output) -> None:
@@ -357,8 +357,8 @@ def _backward(
     grad_projected[:, :, :, :rank] = torch.matmul(to_low, grad_dt)
     grad_projected[:, :, :, rank:] = grad_matrices.sum(0)
     of_A, of_D, of_bias = grad_rows.sum((1, 2)).split([states_count, 1, 1], dim=2)
-    # (2 orders, batch, 2 walks, D, R) to (4 directions, D, R)
-    of_weight = long_product(grad_dt, projected, rank).sum(1).transpose(0, 1).flatten(0, 1)
+    # (parts, 2 orders, batch, 2 walks, D, R) to (4 directions, D, R)
+    of_weight = long_product(grad_dt, projected, rank).sum((0, 2)).transpose(0, 1).flatten(0, 1)
     return (
         grad_x,
         grad_projected,
