@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from models.ops.cuda import library, scan
+from models.ops.cuda import library, reorder, scan
 from models.ops.selective_scan import cuda as rows
 from models.ops.selective_scan import dispatch, selective_scan
 from models.ops.selective_scan.chunked import selective_scan_chunked
@@ -181,7 +181,7 @@ class TestEmulated:
         of_maps.run(inputs, backend="cuda")
         of_rows.run(rows.selective_scan_cuda, of_rows.make_inputs(1, 2, states, 3000, 1))
         sizes = [arguments[5] for arguments in asked]
-        assert len(sizes) == 10
+        assert len(sizes) == 11
         assert max(sizes) <= least
 
     @pytest.mark.parametrize("states", [1, 2])
@@ -189,6 +189,11 @@ class TestEmulated:
         monkeypatch.setattr(scan, "_ENOUGH_BLOCKS", {"forward": 1, "backward": 1})
         assert_rows(of_rows.make_inputs(1, 150, states, 600, 1), 1e-5)
         assert_maps(of_maps.make_inputs(1, 150, states, 2, (12, 25)), 1e-5, "window")
+
+    @pytest.mark.parametrize("order", ["cross", "window"])
+    def test_blocks_reorder_several_rows(self, order, monkeypatch):
+        monkeypatch.setattr(reorder, "_ENOUGH_BLOCKS", 1)
+        assert_maps(of_maps.make_inputs(1, 11, 1, 2, (33, 35)), 1e-5, order)
 
     @pytest.mark.parametrize("sizes", [(1, 36, 9, 300, 1), (1, 8, 1, 1500, 2)], ids=str)
     def test_the_same_in_whatever_order_warps_come(self, sizes, monkeypatch):
@@ -286,7 +291,7 @@ def test_compiles_for_absent_gpus(dtype, states, architecture, monkeypatch):
 @needs_nvrtc
 def test_what_was_compiled_is_kept(monkeypatch, tmp_path):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    options = (ARCHITECTURE, "-DTOKENS=float", "-DSIDE=32")
+    options = (ARCHITECTURE, "-DTOKENS=float")
     image = library._cached_image(nvrtc(), "reorder.cu", options)
     monkeypatch.setattr(library, "_compile", lambda *_: pytest.fail("compiled twice"))
     assert library._cached_image(nvrtc(), "reorder.cu", options) == image
@@ -314,9 +319,7 @@ def test_what_is_kept_and_cut_short_is_compiled_again(monkeypatch, tmp_path):
 def test_a_cache_that_cannot_be_written_is_no_failure(monkeypatch, tmp_path):
     (tmp_path / "cmfs").write_text("a file where the folder would be")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    assert library._cached_image(
-        nvrtc(), "reorder.cu", (ARCHITECTURE, "-DTOKENS=float", "-DSIDE=32")
-    )
+    assert library._cached_image(nvrtc(), "reorder.cu", (ARCHITECTURE, "-DTOKENS=float"))
 
 
 @needs_nvrtc

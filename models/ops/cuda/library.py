@@ -99,7 +99,7 @@ def _find_reason() -> str | None:
     if torch.cuda.get_device_capability() < _LEAST_CAPABILITY:
         return "the GPU is older than compute capability 7.0"
     try:
-        load_kernels(torch.cuda.current_device(), "reorder.cu", ("TOKENS=float", "SIDE=32"))
+        load_kernels(torch.cuda.current_device(), "reorder.cu", ("TOKENS=float",))
     except (OSError, AttributeError, RuntimeError) as error:
         log.info("no CUDA scan: %s", error)
         return str(error)

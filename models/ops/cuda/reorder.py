@@ -10,6 +10,9 @@ from torch import Tensor
 
 from models.ops.cuda import library
 
+_SIDE = 32  # of a tile of pixels
+_ENOUGH_BLOCKS = 2112  # sixteen for each multiprocessor of a large GPU
+
 
 class _Arguments(ctypes.Structure):
     """The struct Reorder of reorder.cu."""
@@ -21,7 +24,7 @@ class _Arguments(ctypes.Structure):
             "out_source_stride", "out_batch_stride", "out_walk_stride",
         )),
         *((name, ctypes.c_int) for name in (
-            "height", "width", "rows", "walks", "batch", "first_source", "tiles", "parts",
+            "height", "width", "rows", "walks", "batch", "first_source", "tiles", "parts", "depth",
         )),
     ]  # fmt: skip
 
@@ -29,12 +32,12 @@ class _Arguments(ctypes.Structure):
 def to_orders(
     x: Tensor, out: Tensor, hw: tuple[int, int], table: Tensor | None, *, first_source: int = 0
 ) -> None:
-    """Fill out (sources from `first_source` on, batch, C, L) from maps x of the same shape.
+    """Fill out (sources from `first_source` on, batch, walks, C, L) from maps x of the same shape.
 
     The strides of x may be 0. table: the pixel of each step of both orders (2, L) in windows; None:
     the whole map.
     """
-    _permute(x[None, :, :, None], out[:, :, None], hw[::-1], table, first_source)
+    _permute(x[None], out, hw[::-1], table, first_source)
 
 
 def from_orders(x: Tensor, out: Tensor, hw: tuple[int, int], table: Tensor | None) -> None:
@@ -56,7 +59,7 @@ def merge_orders(x: Tensor, out: Tensor, hw: tuple[int, int], table: Tensor | No
         in_walk_stride=x.stride(2),
         out_batch_stride=out.stride(0),
     )
-    _launch("merge", 32, arguments, out, (1, batch, 1, rows), hw, table)
+    _launch("merge", arguments, out, (1, batch, 1, rows), hw, table)
 
 
 def _permute(
@@ -78,13 +81,11 @@ def _permute(
         first_source=first_source,
         parts=x.shape[0],
     )
-    side = 64 if min(hw) > 32 else 32  # of a tile: the larger, the more is on its way at once
-    _launch("permute", side, arguments, out, out.shape[:4], hw, table)
+    _launch("permute", arguments, out, out.shape[:4], hw, table)
 
 
 def _launch(
     name: str,
-    side: int,
     arguments: _Arguments,
     out: Tensor,
     counts: tuple[int, int, int, int],
@@ -94,8 +95,10 @@ def _launch(
     _, arguments.batch, arguments.walks, arguments.rows = counts
     arguments.height, arguments.width = hw
     arguments.table = None if table is None else table.data_ptr()
-    arguments.tiles = math.prod(math.ceil(length / side) for length in hw)
-    blocks = arguments.tiles * math.prod(counts)
-    if blocks:
-        definitions = (f"TOKENS={library.TYPES[out.dtype]}", f"SIDE={side}")
+    arguments.tiles = math.prod(math.ceil(side / _SIDE) for side in hw)
+    tiles = arguments.tiles * math.prod(counts)
+    if tiles:
+        arguments.depth = 1 if name == "merge" else min(max(tiles // _ENOUGH_BLOCKS, 1), 8)
+        blocks = tiles // arguments.rows * math.ceil(arguments.rows / arguments.depth)
+        definitions = (f"TOKENS={library.TYPES[out.dtype]}",)
         library.launch("reorder.cu", definitions, name, blocks, 256, 0, arguments, out)

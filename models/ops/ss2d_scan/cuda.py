@@ -70,11 +70,12 @@ def _forward(
     pixels, steps = _tables(*hw, scan, window, x.device)
     orders = _empty_orders(x, scan)
     tokens = x.flatten(2)
-    to_orders(tokens.expand_as(orders), orders, hw, pixels, first_source=2 - len(orders))
+    _to_orders(tokens, orders, hw, pixels)
+    on_map = torch.bmm(
+        to_projected.flatten(0, 1).expand(batch, -1, -1), tokens.to(to_projected.dtype)
+    )
     projected = _empty_projected(x, to_projected)
-    by_order = to_projected.unflatten(0, (2, 2)).transpose(0, 1).flatten(1, 2)
-    for source, rows, out in zip(_sources(tokens, orders), by_order, projected, strict=True):
-        torch.bmm(rows.expand(batch, -1, -1), source.to(rows.dtype), out=out)
+    to_orders(_by_order(on_map), projected, hw, pixels)
     y = torch.empty_like(x)
     directions = x.new_empty(2, batch, 2, channels, tokens.shape[2])
     borders = scan_forward(_as_scan(tokens, orders, projected, weight, bias, A_logs, D), directions)
@@ -112,11 +113,10 @@ def _backward(
     tokens, grad_tokens = x.flatten(2), grad_y.flatten(2)
     pixels, steps = _tables(*hw, scan, window, x.device)
     grad_orders = torch.empty_like(orders)
-    first_source = 2 - len(orders)
-    to_orders(grad_tokens.expand_as(orders), grad_orders, hw, pixels, first_source=first_source)
+    _to_orders(grad_tokens, grad_orders, hw, pixels)
     grad_directions, grad_dt = (x.new_empty(2, batch, 2, channels, tokens.shape[2])
                                 for _ in range(2))  # fmt: skip
-    parts, rows = scan_backward(
+    parts, of_rows = scan_backward(
         _as_scan(tokens, orders, projected, weight, bias, A_logs, D),
         borders,
         _sources(grad_tokens, grad_orders),
@@ -126,17 +126,17 @@ def _backward(
     grad_x = torch.empty_like(x)
     merge_orders(grad_directions, grad_x.flatten(2), hw, steps)
     del grad_directions
-    by_walk = projected.unflatten(2, (2, -1))
     # (2 orders, 1, 2 walks, R, D) from (4 directions, D, R)
     to_low = weight.unflatten(0, (2, 2)).permute(1, 0, 3, 2)[:, None].to(grad_dt.dtype)
     grad_low = torch.matmul(to_low, grad_dt).float()
     # over parts and images: (parts, 2 orders, B, 2 walks, D, R) to (4 directions, D, R)
-    of_weight = _products(grad_dt, by_walk, rank).permute(0, 2, 3, 1, 4, 5).sum((0, 1))
-    on_map = weight.new_empty(batch, *to_projected.shape[:2], tokens.shape[2])  # of the projections
-    by_order = on_map.unflatten(1, (2, 2)).permute(2, 0, 1, 3, 4)
+    of_weight = _products(grad_dt, projected, rank).permute(0, 2, 3, 1, 4, 5).sum((0, 1))
+    rows = to_projected.shape[:2].numel()
+    on_map = weight.new_empty(batch, rows, tokens.shape[2])  # of the projections
+    by_order = _by_order(on_map)
     from_orders(grad_low[None], by_order[:, :, :, :rank], hw, steps)
     from_orders(parts.flatten(4, 5), by_order[:, :, :, rank:], hw, steps)
-    on_map = on_map.flatten(1, 2).to(x.dtype)  # (B, 4 · (R + 2N), L)
+    on_map = on_map.to(x.dtype)
     back = to_projected.flatten(0, 1).T.expand(batch, -1, -1)
     grad_x.flatten(2).baddbmm_(back.to(x.dtype), on_map)
     of_projection = _products(on_map, tokens, channels).sum((0, 1))
@@ -144,7 +144,7 @@ def _backward(
         grad_x,
         of_projection.view_as(to_projected).to(to_projected.dtype),
         of_weight.flatten(0, 1),
-        rows,
+        of_rows,
     )
 
 
@@ -188,9 +188,19 @@ def _empty_orders(x: Tensor, scan: str) -> Tensor:
 
 
 def _empty_projected(x: Tensor, to_projected: Tensor) -> Tensor:
-    """(2 orders, B, 2 walks · (R + 2N), L)."""
-    shape = (2, x.shape[0], 2 * to_projected.shape[1], x.shape[2] * x.shape[3])
+    """(2 orders, B, 2 walks, R + 2N, L)."""
+    shape = (2, x.shape[0], 2, to_projected.shape[1], x.shape[2] * x.shape[3])
     return x.new_empty(shape, dtype=to_projected.dtype)
+
+
+def _to_orders(tokens: Tensor, orders: Tensor, hw: list[int], pixels: Tensor | None) -> None:
+    walks = (x[:, :, None] for x in (tokens.expand_as(orders), orders))
+    to_orders(*walks, hw, pixels, first_source=2 - len(orders))
+
+
+def _by_order(on_map: Tensor) -> Tensor:
+    """(B, 4 · rows, L) -> a view (2 orders, B, 2 walks, rows, L); direction = order + 2 · walk."""
+    return on_map.unflatten(1, (2, 2, -1)).permute(2, 0, 1, 3, 4)
 
 
 def _sources(tokens: Tensor, orders: Tensor) -> tuple[Tensor, Tensor]:
@@ -208,7 +218,7 @@ def _as_scan(
     D: Tensor,
 ) -> Scan:
     rank, states = weight.shape[2], A_logs.shape[2]
-    low, B, C = projected.unflatten(2, (2, -1)).split([rank, states, states], dim=3)
+    low, B, C = projected.split([rank, states, states], dim=3)
     return Scan(
         u=_sources(tokens, orders),
         delta=None,
