@@ -35,8 +35,3 @@ def check_tensor(backend: str, x: Tensor, *, for_float64: str) -> None:
 def on_device(x: Tensor) -> contextlib.AbstractContextManager:
     """Triton launches on the current device: make it x's."""
     return torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext()
-
-
-def contiguous(x: Tensor | None) -> Tensor | None:
-    """x, made contiguous where there is one."""
-    return None if x is None else x.contiguous()

@@ -9,6 +9,7 @@ import os
 import shutil
 import subprocess
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -44,11 +45,16 @@ def _launch(source, definitions, name, blocks, threads, shared_bytes, arguments,
     assert status == 0, f"{name} read from a chunk what it had not handed on"
 
 
-@pytest.fixture
-def emulated(monkeypatch):
-    """CUDA backends that take CPU tensors."""
-    monkeypatch.setattr(library, "launch", _launch)
+def pretend_gpu(monkeypatch: pytest.MonkeyPatch, launch: Callable[..., None]) -> None:
+    """CUDA backends take CPU tensors, as on a Hopper GPU, and hand what they launch to `launch`."""
+    monkeypatch.setattr(library, "launch", launch)
     monkeypatch.setattr(library, "shared_bytes", lambda device: SHARED_BYTES)
     monkeypatch.setattr(library, "copies_to_shared", lambda device: True)
     for module in (rows, maps):
         monkeypatch.setattr(module, "check_tensor", lambda x: None)
+
+
+@pytest.fixture
+def emulated(monkeypatch):
+    """CUDA backends that run on a CPU."""
+    pretend_gpu(monkeypatch, _launch)

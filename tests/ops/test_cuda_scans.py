@@ -25,6 +25,7 @@ from tests.ops.emulator import (  # noqa: F401 (emulated is a fixture)
     FOLDER,
     emulated,
     needs_compiler,
+    pretend_gpu,
     schedule,
 )
 
@@ -259,11 +260,7 @@ ARCHITECTURE = "--gpu-architecture=sm_90"
 def options_of(monkeypatch, call) -> list[tuple[str, tuple[str, ...]]]:
     """Sources and options that the launches of `call` ask for."""
     asked = []
-    monkeypatch.setattr(library, "launch", lambda *arguments: asked.append(arguments[:2]))
-    monkeypatch.setattr(library, "shared_bytes", lambda device: 231_000)
-    monkeypatch.setattr(library, "copies_to_shared", lambda device: True)
-    for module in (rows, maps):
-        monkeypatch.setattr(module, "check_tensor", lambda x: None)
+    pretend_gpu(monkeypatch, lambda *arguments: asked.append(arguments[:2]))
     call()
     return asked
 

@@ -9,12 +9,12 @@ import ctypes
 import functools
 import hashlib
 import logging
-import os
-import tempfile
 from pathlib import Path
 
 import torch
 from torch import Tensor
+
+from models.ops.compile_cache import cache_path, fill_cache
 
 log = logging.getLogger(__name__)
 
@@ -174,19 +174,16 @@ def _cached_image(
     texts = {name: (_FOLDER / name).read_bytes() for name in (source, *_header_names())}
     made_for = f"{torch.version.cuda} {options}".encode()
     name = f"{source}-{hashlib.sha256(b''.join(texts.values()) + made_for).hexdigest()[:16]}"
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "cmfs"
-    if not renew and (cache / name).is_file():
-        return (cache / name).read_bytes()
+    path = cache_path(name)
+    if not renew and path.is_file():
+        return path.read_bytes()
     image = _compile(library, source, texts, options)
     try:
-        cache.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=cache) as folder:  # renamed whole, for all processes
-            (Path(folder) / name).write_bytes(image)
-            os.replace(Path(folder) / name, cache / name)
+        fill_cache(path, lambda target: target.write_bytes(image))
     except OSError as error:
         log.info("the compiled CUDA scan is not kept: %s", error)
     else:
-        log.info("compiled the CUDA scan into %s", cache / name)
+        log.info("compiled the CUDA scan into %s", path)
     return image
 
 

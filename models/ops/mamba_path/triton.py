@@ -10,13 +10,14 @@ import torch
 import triton
 from torch import Tensor
 
+from models.ops.layout import contiguous
 from models.ops.mamba_path.kernels import (
     _conv_gradient_kernel,
     _conv_kernel,
     _gate_gradient_kernel,
     _gate_kernel,
 )
-from models.ops.triton_support import INTERPRETED, check_tensor, contiguous, on_device
+from models.ops.triton_support import INTERPRETED, check_tensor, on_device
 
 
 class _Tile(NamedTuple):
@@ -115,7 +116,7 @@ def _(grad_y, x, weight, bias, flip):
 
 @torch.library.custom_op("cmfs::mamba_gate", mutates_args=())
 def _gate(y: Tensor, flipped: Tensor | None, z: Tensor) -> Tensor:
-    y, flipped, (z, stride) = contiguous(y), contiguous(flipped), _with_rows(z)
+    (y, flipped), (z, stride) = contiguous(y, flipped), _with_rows(z)
     out = y.new_empty(y.shape, dtype=torch.promote_types(y.dtype, z.dtype))
     if y.numel():
         with on_device(y):
@@ -133,7 +134,7 @@ def _gate_backward(
     grad_out: Tensor, y: Tensor, flipped: Tensor | None, z: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of y, flipped (an unused vector if that is absent) and z."""
-    grad_out, y, flipped = grad_out.contiguous(), contiguous(y), contiguous(flipped)
+    grad_out, y, flipped = contiguous(grad_out, y, flipped)
     z, stride = _with_rows(z)
     grad_y, grad_z = y.new_empty(y.shape), z.new_empty(z.shape)
     grad_flipped = y.new_empty(0) if flipped is None else flipped.new_empty(y.shape)

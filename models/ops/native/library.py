@@ -12,11 +12,12 @@ import os
 import platform
 import shutil
 import subprocess
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
 from torch import Tensor
+
+from models.ops.compile_cache import cache_path, fill_cache
 
 log = logging.getLogger(__name__)
 
@@ -59,11 +60,6 @@ def parts_of(channels: int, tasks: int, threads: int) -> int:
     return max(1, min(-(-threads // max(tasks, 1)), channels))
 
 
-def contiguous(*tensors: Tensor | None) -> list[Tensor | None]:
-    """All tensors dense, absent ones left out of it."""
-    return [None if x is None else x.contiguous() for x in tensors]
-
-
 def pointer(x: Tensor | None) -> ctypes.c_void_p:
     """Address of a tensor's first element, or null."""
     return ctypes.c_void_p(None if x is None else x.data_ptr())
@@ -89,14 +85,11 @@ def _cached_library() -> Path:
     source = _SOURCE.read_bytes()
     made_for = f"{platform.machine()} {_processor()} {_FLAGS}".encode()
     name = f"scan-{hashlib.sha256(source + made_for).hexdigest()[:16]}.so"
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "cmfs"
-    if not (cache / name).is_file():
-        cache.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=cache) as folder:  # renamed whole, for all processes
-            _compile(Path(folder) / name)
-            os.replace(Path(folder) / name, cache / name)
-        log.info("compiled the native scan into %s", cache / name)
-    return cache / name
+    path = cache_path(name)
+    if not path.is_file():
+        fill_cache(path, _compile)
+        log.info("compiled the native scan into %s", path)
+    return path
 
 
 def _compile(target: Path) -> None:

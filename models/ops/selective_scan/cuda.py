@@ -9,8 +9,8 @@ from torch import Tensor
 
 from models.ops.cuda.library import check_tensor
 from models.ops.cuda.scan import Scan, count_borders, scan_backward, scan_forward
+from models.ops.layout import contiguous
 from models.ops.selective_scan.gradients import register_gradients
-from models.ops.triton_support import contiguous
 
 
 def selective_scan_cuda(
@@ -134,8 +134,7 @@ def _as_scan(
     delta_softplus: bool,
 ) -> Scan:
     """Each group of channels as a source that is walked once."""
-    tensors = (u, delta, A, B, C, D, delta_bias)
-    u, delta, A, B, C, D, delta_bias = map(contiguous, tensors)
+    u, delta, A, B, C, D, delta_bias = contiguous(u, delta, A, B, C, D, delta_bias)
     groups = B.shape[1]
     return Scan(
         u=_grouped(u, groups).unbind(),

@@ -11,6 +11,7 @@ import torch
 import triton
 from torch import Tensor
 
+from models.ops.layout import contiguous
 from models.ops.selective_scan.gradients import register_gradients
 from models.ops.selective_scan.kernels import (
     _carry_kernel,
@@ -18,7 +19,7 @@ from models.ops.selective_scan.kernels import (
     _gradient_kernel,
     _output_kernel,
 )
-from models.ops.triton_support import INTERPRETED, check_tensor, contiguous, on_device
+from models.ops.triton_support import INTERPRETED, check_tensor, on_device
 
 
 class _Shape(NamedTuple):
@@ -105,7 +106,7 @@ def _forward(
     delta_softplus: bool,
 ) -> tuple[Tensor, Tensor]:
     """y (batch, D, L) and the states at the borders of chunks (batch, max(chunks - 1, 1), D, N)."""
-    u, delta, A, B, C, D, delta_bias = map(contiguous, (u, delta, A, B, C, D, delta_bias))
+    u, delta, A, B, C, D, delta_bias = contiguous(u, delta, A, B, C, D, delta_bias)
     sizes = _sizes(u, A, B)
     y = torch.empty_like(u)
     states = _empty_states(u, sizes)
@@ -167,8 +168,8 @@ def _backward(
     delta_softplus: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of u, delta, A, B, C, D and delta_bias; of absent ones an unused vector."""
-    arguments = (grad_y, u, delta, A, B, C, D, delta_bias)
-    grad_y, u, delta, A, B, C, D, delta_bias = map(contiguous, arguments)
+    grad_y = grad_y.contiguous()
+    u, delta, A, B, C, D, delta_bias = contiguous(u, delta, A, B, C, D, delta_bias)
     sizes = _sizes(u, A, B)
     grad_u, grad_delta = torch.empty_like(u), torch.empty_like(delta)
     shape = _tuning.gradient

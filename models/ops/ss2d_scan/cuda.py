@@ -13,6 +13,7 @@ from torch import Tensor
 from models.ops.cuda.library import check_tensor
 from models.ops.cuda.reorder import from_orders, merge_orders, to_orders
 from models.ops.cuda.scan import Scan, count_borders, scan_backward, scan_forward
+from models.ops.layout import contiguous
 from models.ops.ss2d_scan.orders import scan_orders
 from models.ops.triton_support import has_triton
 
@@ -217,6 +218,7 @@ def _as_scan(
     A_logs: Tensor,
     D: Tensor,
 ) -> Scan:
+    weight, bias, A_logs, D = contiguous(weight, bias, A_logs, D)
     rank, states = weight.shape[2], A_logs.shape[2]
     low, B, C = projected.split([rank, states, states], dim=3)
     return Scan(
@@ -225,10 +227,10 @@ def _as_scan(
         low=low,
         B=B,
         C=C,
-        A=A_logs.contiguous(),
-        D=D.contiguous(),
-        bias=bias.contiguous(),
-        weight=weight.contiguous(),
+        A=A_logs,
+        D=D,
+        bias=bias,
+        weight=weight,
         softplus=True,
         has_logs=True,
     )

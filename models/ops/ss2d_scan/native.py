@@ -9,8 +9,8 @@ import ctypes
 import torch
 from torch import Tensor
 
+from models.ops.layout import contiguous
 from models.ops.native.library import (
-    contiguous,
     integers,
     parts_of,
     pointer,

@@ -14,6 +14,7 @@ import torch
 import triton
 from torch import Tensor
 
+from models.ops.layout import contiguous
 from models.ops.selective_scan.triton import _carry, _Shape
 from models.ops.ss2d_scan.kernels import (
     _from_orders_kernel,
@@ -24,7 +25,7 @@ from models.ops.ss2d_scan.kernels import (
     _to_orders_kernel,
 )
 from models.ops.ss2d_scan.orders import scan_orders
-from models.ops.triton_support import INTERPRETED, check_tensor, contiguous, on_device
+from models.ops.triton_support import INTERPRETED, check_tensor, on_device
 
 
 class _Product(NamedTuple):
@@ -265,7 +266,7 @@ def _forward(
     x (2, B, D, L); projected (2, B, 2, R + 2N, L); weight (4, D, R), bias and D (4, D) and A
     (4, D, N) in float32.
     """
-    x, projected, weight, bias, A, D = map(contiguous, (x, projected, weight, bias, A, D))
+    x, projected, weight, bias, A, D = contiguous(x, projected, weight, bias, A, D)
     sizes = _sizes(x, weight, A)
     y = torch.empty_like(x)
     states = _empty_states(x, sizes)
@@ -312,8 +313,8 @@ def _backward(
     states: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of x, projected, weight, bias, A and D."""
-    arguments = (grad_y, x, projected, weight, bias, A, D)
-    grad_y, x, projected, weight, bias, A, D = map(contiguous, arguments)
+    grad_y = grad_y.contiguous()
+    x, projected, weight, bias, A, D = contiguous(x, projected, weight, bias, A, D)
     sizes = _sizes(x, weight, A)
     rank, states_count, length = sizes.rank, sizes.states, sizes.length
     grad_x = torch.empty_like(x)
