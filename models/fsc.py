@@ -106,7 +106,7 @@ class FourierBranch(nn.Module):
         with torch.autocast(x.device.type, enabled=False):
             spectrum = torch.fft.rfft2(at_least_float32(x), norm="ortho")
             magnitude = spectrum.abs()
-            phase = spectrum / magnitude.clamp_min(1e-8)
+            phase = torch.sgn(spectrum)  # no gradient where sums cancel to exactly 0
             x = torch.fft.irfft2(self.magnitude(magnitude) * phase, s=x.shape[-2:], norm="ortho")
         return self.gate(F.gelu(self.depthwise(self.reduce(x))))
 

@@ -120,3 +120,16 @@ def test_a_zero_spectrum_has_a_finite_gradient():
     x = torch.zeros(1, 6, 4, 4, requires_grad=True)
     branch(x, x).sum().backward()
     assert torch.isfinite(x.grad).all()
+
+
+def test_a_sum_that_cancels_does_not_blow_up_the_gradient():
+    """A floor of 1e-8 under magnitudes: a frequency of exactly 0 had 1e7 times the gradient."""
+    branch = make(FourierBranch)
+    x = torch.randint(-8, 9, (1, 6, 8, 12)).float()
+    x[..., 0, 0] -= x.sum((2, 3))  # whole numbers: each channel's sum is exactly 0
+    norms = []
+    for offset in (0.0, 0.1):
+        pixels = (x + offset).requires_grad_()
+        branch(pixels, pixels).square().mean().backward()
+        norms.append(pixels.grad.norm())
+    assert norms[0] < 3 * norms[1]
