@@ -57,16 +57,14 @@ template <typename T> static T exchange(T value, int source) {
     memcpy(&out, &lanes[warp][turn][source >= 0 && source < 32 ? source : lane], 4);
     return out;
 }
-template <typename T> static T __shfl_up_sync(unsigned, T value, int by, int width = 32) {
-    int lane = threadIdx.x % 32;
-    return exchange(value, lane % width >= by ? lane - by : lane);
+template <typename T> static T __shfl_up_sync(unsigned, T value, int by) {
+    return exchange(value, threadIdx.x % 32 - by);
 }
-template <typename T> static T __shfl_down_sync(unsigned, T value, int by, int width = 32) {
-    int lane = threadIdx.x % 32;
-    return exchange(value, lane % width + by < width ? lane + by : lane);
+template <typename T> static T __shfl_down_sync(unsigned, T value, int by) {
+    return exchange(value, threadIdx.x % 32 + by);
 }
-template <typename T> static T __shfl_sync(unsigned, T value, int source, int width = 32) {
-    return exchange(value, threadIdx.x % 32 / width * width + source);
+template <typename T> static T __shfl_sync(unsigned, T value, int source) {
+    return exchange(value, source);
 }
 template <typename T> static T __shfl_xor_sync(unsigned, T value, int mask) {
     return exchange(value, (threadIdx.x % 32) ^ mask);
@@ -93,10 +91,10 @@ template <int distance, int rows>
 static void join_both(float (&decay)[rows], float (&end)[rows], float (&decay_back)[rows],
                       float (&end_back)[rows], float &sum) {
     join_up<distance>(decay, end);
-    bool has = threadIdx.x % SEGMENT + distance < SEGMENT;
+    bool has = threadIdx.x % 32 + distance < 32;
     for (int r = 0; r < rows; r++) {
-        float d = __shfl_down_sync(0u, decay_back[r], distance, SEGMENT);
-        float e = __shfl_down_sync(0u, end_back[r], distance, SEGMENT);
+        float d = __shfl_down_sync(0u, decay_back[r], distance);
+        float e = __shfl_down_sync(0u, end_back[r], distance);
         if (has) end_back[r] = decay_back[r] * e + end_back[r], decay_back[r] *= d;
     }
     sum += __shfl_xor_sync(0u, sum, distance % 16);

@@ -161,8 +161,7 @@ def scan_backward(
         grad_u, grad_delta: (sources, batch, walks, D, L).
     Returns:
         Float32 gradients of B and C (parts, sources, batch, walks, 2, N, L), to be summed over the
-        parts, and of what A holds, D and the bias
-        (groups, D, N + 2).
+        parts, and of what A holds, D and the bias (groups, D, N + 2).
     """
     groups, batch, channels, length = scan.sizes
     states = scan.states

@@ -6,6 +6,13 @@
 
 #include "steps.cuh"
 
+// The rates of states `first` on, for base 2; those of the first came with the other scalars.
+__device__ inline void begin_rates(const Scan &scan, const Place &place, const Rows &rows,
+                                   int first, Scalars &scalars) {
+    if (first > 0) load_rates(scan, place, rows, first, scalars);
+    EACH_ROW scalars.rates[r] = rate_of(scan, scalars.rates[r]);
+}
+
 // Where in shared memory: dt_low, B and C, and their gradients, then tokens on their way.
 struct Areas {
     float4 *low, *matrices, *sums;
@@ -111,8 +118,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) forward(const Scan
         Scalars coming = scalars_of(scan, place, rows_of(scan, place, self, hidden(pass + 1)));
         for (int first = 0; first < scan.states; first += STAGE) {
             int count = min(scan.states - first, STAGE);
-            if (first > 0) load_rates(scan, place, rows, first, scalars);
-            EACH_ROW scalars.rates[r] = rate_of(scan, scalars.rates[r]);
+            begin_rates(scan, place, rows, first, scalars);
             if (pass == 0 || scan.states > STAGE) {
                 __syncthreads();
                 stage_matrices(scan, place, first, count, areas.matrices);
@@ -231,8 +237,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) backward(const Sca
 
         for (int first = 0; first < scan.states; first += STAGE) {
             int count = min(scan.states - first, STAGE);
-            if (first > 0) load_rates(scan, place, rows, first, scalars);
-            EACH_ROW scalars.rates[r] = rate_of(scan, scalars.rates[r]);
+            begin_rates(scan, place, rows, first, scalars);
             if (pass == 0 || scan.states > STAGE) {
                 __syncthreads();
                 stage_matrices(scan, place, first, count, areas.matrices);
