@@ -89,7 +89,7 @@ template <int distance, int rows> static void join_up(float (&decay)[rows], floa
 }
 template <int distance, int rows>
 static void join_both(float (&decay)[rows], float (&end)[rows], float (&decay_back)[rows],
-                      float (&end_back)[rows], float &sum) {
+                      float (&end_back)[rows]) {
     join_up<distance>(decay, end);
     bool has = threadIdx.x % 32 + distance < 32;
     for (int r = 0; r < rows; r++) {
@@ -97,7 +97,6 @@ static void join_both(float (&decay)[rows], float (&end)[rows], float (&decay_ba
         float e = __shfl_down_sync(0u, end_back[r], distance);
         if (has) end_back[r] = decay_back[r] * e + end_back[r], decay_back[r] *= d;
     }
-    sum += __shfl_xor_sync(0u, sum, distance % 16);
 }
 template <int bytes> static void copy_later(void *to, const void *from, bool is_there) {
     if (is_there) memcpy(to, from, bytes);

@@ -117,6 +117,14 @@ __device__ inline Rows rows_of(const Scan &scan, const Place &place, const Self 
     return rows;
 }
 
+// Where the border after chunk `chunk` of a row's state lies. Borders are (batch, groups, chunks - 1,
+// states, channels).
+__device__ inline long long border_of(const Scan &scan, const Place &place, int row, int state,
+                                      int chunk) {
+    long long sequence = (long long)place.batch * scan.groups + place.group;
+    return ((sequence * (scan.chunks - 1) + chunk) * scan.states + state) * scan.channels + row;
+}
+
 // What belongs to the channels.
 struct Scalars {
     float bias[ROWS], skip[ROWS];

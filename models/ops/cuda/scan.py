@@ -115,7 +115,7 @@ def _layout(name: str, length: int, states: int, rank: int) -> _Layout:
     if states > 1:
         if name == "forward":
             return _Layout(0, 16, 16, 1, 1, 8, 2)
-        return _Layout(0, 32, 8, 2, 1, 8, 1)
+        return _Layout(0, 32, 8, 2, 1, 12, 1)
     # long sequences of one state are limited by memory alone: few borders, many tokens a block
     # (and dt_low of such a block must fit into 64 KB)
     token_warps = 4 if length > 2048 and rank <= 12 else 1
@@ -128,9 +128,7 @@ def count_borders(
     """Numbers that a forward leaves for the backward: states between chunks, and a counter."""
     layout = _layout("forward", length, states, rank)
     chunks = math.ceil(length / layout.chunk)
-    # of many states two rows are read and written at once
-    width = channels if layout.single else math.ceil(channels / 2) * 2
-    return batch * groups * max(chunks - 1, 0) * width * states + 1
+    return batch * groups * max(chunks - 1, 0) * states * channels + 1
 
 
 def scan_forward(scan: Scan, y: Tensor) -> Tensor:
@@ -260,6 +258,8 @@ def _launch(name: str, scan: Scan, arguments: _Arguments, others: tuple[Tensor, 
     elif is_backward and layout.row_warps > 1:
         tile_rows += 2
     tile_bytes = 4 * layout.chunk * tile_rows
+    if is_backward and not layout.single:
+        tile_bytes += layout.row_warps * layout.rows * 2 * 8 * 36 * 4  # LINES of scan_many.cu
     arrays = 1 + 2 * is_backward + (scan.delta is not None)
     slot_bytes = arrays * layout.rows * layout.steps * layout.threads * tokens.itemsize
     has_copies = is_aligned and library.copies_to_shared(device)

@@ -3,6 +3,10 @@
 // A block brings B and C of its chunk to shared memory and walks through the states; a warp's rows
 // take over each state from the chunk before, one word a row. With the numbers of rows, tokens and
 // states that occur, a chunk is rarely at a state before the chunk before has passed it.
+//
+// The forward joins the lanes of a segment state by state, by exchange. The backward, which joins
+// them in both directions, does so for a group of states at once: each lane leaves what its tokens
+// do to a state in shared memory, joins all lanes for one state, and walks its own tokens again.
 
 #include "steps.cuh"
 
@@ -13,67 +17,29 @@ __device__ inline void begin_rates(const Scan &scan, const Place &place, const R
     EACH_ROW scalars.rates[r] = rate_of(scan, scalars.rates[r]);
 }
 
-// Where in shared memory: dt_low, B and C, and their gradients, then tokens on their way.
-struct Areas {
-    float4 *low, *matrices, *sums;
-    Four<TOKENS> *slots;
-};
+#define GROUP 8            // states that a backward joins at once
+#define LINE (LANES + 4)   // a number of each lane, and four that keep banks apart
+#define LINES (2 * ROWS * GROUP * LINE)  // of a warp
 
-__device__ inline Areas areas_of(const Scan &scan, float4 *shared, bool backward) {
-    Areas areas;
-    int states = min(scan.states, STAGE);
-    areas.low = shared;
-    areas.matrices = areas.low + TILE_ROW * min(scan.rank, 2 * STAGE);
-    areas.sums = areas.matrices + 2 * TILE_ROW * states;
-    areas.slots = (Four<TOKENS> *)(areas.sums + (backward ? 2 * TILE_ROW * states : 0));
-    return areas;
+// In shared memory: for each state its rows of B and C and, in a backward, of their gradients; rows
+// of dt_low; lines; tokens on their way.
+#define FORWARD_ROWS 2   // of a state
+#define BACKWARD_ROWS 4
+
+__device__ inline float4 *low_of(const Scan &scan, float4 *shared, int rows) {
+    return shared + rows * TILE_ROW * min(scan.states, STAGE);
 }
 
-// B and C of states [first, first + count) in turn.
+__device__ inline float4 *after_low(const Scan &scan, float4 *low) {
+    return low + TILE_ROW * min(scan.rank, 2 * STAGE);
+}
+
+// B and C of states [first, first + count).
 __device__ inline void stage_matrices(const Scan &scan, const Place &place, int first, int count,
-                                      float4 *matrices) {
+                                      float4 *states, int rows) {
     long long start = place.matrix + (long long)first * scan.length;
-    stage(scan.B + start, count, matrices, 2, scan, place);
-    stage(scan.C + start, count, matrices + TILE_ROW, 2, scan, place);
-}
-
-// Borders are (batch, groups, chunks - 1, states, channels), the last even: a warp reads and writes
-// those of two rows at once.
-__device__ inline int border_width(const Scan &scan) { return (scan.channels + 1) / 2 * 2; }
-
-// Where the rows' borders after chunk `chunk` lie.
-__device__ inline long long border_of(const Scan &scan, const Place &place, const Rows &rows,
-                                      int chunk) {
-    long long sequence = (long long)place.batch * scan.groups + place.group;
-    int width = border_width(scan);
-    return (sequence * (scan.chunks - 1) + chunk) * scan.states * width +
-           min(rows.first, width - ROWS);
-}
-
-// A state of a lane's rows at a border.
-#if ROWS == 2
-typedef unsigned long long Border;
-#else
-typedef unsigned Border;
-#endif
-
-__device__ inline float state_of(Border border, int r) {
-    return __uint_as_float((unsigned)(r == 0 ? border : border >> (LANES * (ROWS - 1))));
-}
-
-// 0 where nothing is handed on.
-__device__ inline Border look(const float *at, bool is_there) {
-    Border border = 0;
-    read_handed(at, is_there, border);
-    return border;
-}
-
-__device__ inline void hand_on(float *at, const float (&state)[ROWS]) {
-#if ROWS == 2
-    write_handed(at, pair_of(state[0], state[1]));
-#else
-    write_handed(at, __float_as_uint(state[0]));
-#endif
+    stage(scan.B + start, count, states, rows, scan, place);
+    stage(scan.C + start, count, states + TILE_ROW, rows, scan, place);
 }
 
 // Hidden from the compiler, so that it computes what depends on it anew instead of keeping it.
@@ -87,60 +53,62 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) forward(const Scan
     __shared__ Place place;
     Self self;
     take_place(scan, false, place, self);
-    Areas areas = areas_of(scan, shared, false);
-    int length = scan.length, width = border_width(scan);
-    const float4 *tile = areas.matrices + self.lane;
+    float4 *low = low_of(scan, shared, FORWARD_ROWS);
+    Four<TOKENS> *slots = (Four<TOKENS> *)after_low(scan, low);
+    const float4 *tile = shared + self.lane;
+    int length = scan.length;
     Rows rows = rows_of(scan, place, self, 0);
-    fetch_inputs(scan, place, self, rows, areas.slots, areas.slots + SLOTS);
+    fetch_inputs(scan, place, self, rows, slots, slots + SLOTS);
     Scalars scalars = scalars_of(scan, place, rows);
 
     for (int pass = 0; pass < scan.passes; pass++) {
         Tokens dt, input, y;
         float span[ROWS], span_up[ROWS];
         rows = rows_of(scan, place, self, hidden(pass));
-        bool has_border = rows.first < width;
-        bool takes_over = place.chunk > 0 && has_border;
-        bool hands_on = place.chunk + 1 < scan.chunks && has_border && self.lane == SEGMENT - 1;
-        const float *entry = scan.borders + border_of(scan, place, rows, place.chunk - 1);
-        float *way_out = scan.borders + border_of(scan, place, rows, place.chunk);
-        Border border = 0;
+        bool takes_over = place.chunk > 0 && rows.is_there[0];
+        bool hands_on = place.chunk + 1 < scan.chunks && rows.is_there[0] &&
+                        self.lane == SEGMENT - 1;
+        const float *entry = scan.borders + border_of(scan, place, rows.row[0], 0, place.chunk - 1);
+        float *way_out = scan.borders + border_of(scan, place, rows.row[0], 0, place.chunk);
+        unsigned border = 0;
         if (PREFETCH) wait_for_copies();
-        EACH_ROW take_tokens(scan.u + place.shared + (long long)rows.row[r] * length, areas.slots,
+        EACH_ROW take_tokens(scan.u + place.shared + (long long)rows.row[r] * length, slots,
                              r, self.at, length, place.reversed, input[r]);
-        step_sizes(scan, place, self, rows, scalars, areas.slots + SLOTS, areas.low, pass == 0,
+        step_sizes(scan, place, self, rows, scalars, slots + SLOTS, low, pass == 0,
                    dt);
         EACH_ROW EACH_STEP y[r][i] = scalars.skip[r] * input[r][i];
         begin_rows(dt, input, span);
         sum_up(span, self.lane, span_up);
         if (PREFETCH && pass + 1 < scan.passes)
             fetch_inputs(scan, place, self, rows_of(scan, place, self, hidden(pass + 1)),
-                         areas.slots, areas.slots + SLOTS);
+                         slots, slots + SLOTS);
         Scalars coming = scalars_of(scan, place, rows_of(scan, place, self, hidden(pass + 1)));
         for (int first = 0; first < scan.states; first += STAGE) {
             int count = min(scan.states - first, STAGE);
             begin_rates(scan, place, rows, first, scalars);
             if (pass == 0 || scan.states > STAGE) {
                 __syncthreads();
-                stage_matrices(scan, place, first, count, areas.matrices);
+                stage_matrices(scan, place, first, count, shared, FORWARD_ROWS);
                 __syncthreads();
             }
             for (int k = 0; k < count; k++) {
                 Tokens decay;
                 float b[STEPS], c[STEPS], rate[ROWS], whole[ROWS], end[ROWS];
-                float carry[ROWS], last[ROWS], state[ROWS];
+                float state[ROWS];
                 read_handed(entry, takes_over, border);
-                read_tile(tile + 2 * k * TILE_ROW, b);
+                read_tile(tile + FORWARD_ROWS * k * TILE_ROW, b);
                 EACH_ROW rate[r] = of_lane(scalars.rates[r], k);
-                walk(dt, input, span, rate, b, decay, whole, end);
+                walk(dt, input, rate, b, decay, end);
+                decay_over(span, rate, whole);
                 join_lanes(whole, end, self.lane);
                 decay_over(span_up, rate, whole);
                 wait_for(scan, entry, end[0], border);
-                EACH_ROW carry[r] = state_of(border, r);
-                EACH_ROW last[r] = fmaf(whole[r], carry[r], end[r]);
-                if (hands_on) hand_on(way_out, last);
-                EACH_ROW state[r] = from_lane_before(last[r], carry[r], self.lane);
-                entry += width, way_out += width;
-                read_tile(tile + (2 * k + 1) * TILE_ROW, c);
+                float carry = __uint_as_float(border);
+                float last = fmaf(whole[0], carry, end[0]);
+                if (hands_on) write_handed(way_out, __float_as_uint(last));
+                state[0] = from_lane_before(last, carry, self.lane);
+                entry += scan.channels, way_out += scan.channels;
+                read_tile(tile + (FORWARD_ROWS * k + 1) * TILE_ROW, c);
                 add_outputs(decay, input, b, c, state, y);
             }
         }
@@ -152,60 +120,109 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) forward(const Scan
     }
 }
 
-// Warps add to the block's sums of one state after the other, each at another state than the rest;
-// the next to come to a state is the warp before. Turns count from when the sums were cleared.
-struct Turns {
-    int *done;  // turns of each warp
-    int warp, count;
-
-    __device__ inline int other() const { return warp == ROW_WARPS - 1 ? 0 : warp + 1; }
-    __device__ inline int seen() const { return read_flag(done + other()); }
-    __device__ inline void wait(int turn, int seen) const {
-        int needed = warp == ROW_WARPS - 1 ? turn + ROW_WARPS - count : turn;
-        while (seen < needed) {
-            WHILE_WAITING;
-            seen = read_flag(done + other());
-        }
-    }
-};
-
 // The block's sums for B and C, from shared memory to where its part lies.
 __device__ inline void store_sums(const Scan &scan, const Place &place, int first, int count,
-                                  const float4 *sums) {
+                                  const float4 *states) {
     const int lanes = CHUNK / STEPS;
     float *parts = parts_of(scan, place);
     for (int task = threadIdx.x; task < 2 * count * lanes; task += THREADS) {
         int row = task / lanes, kind = row % 2, lane = task % lanes;
         float value[STEPS];
-        read_tile(sums + row * TILE_ROW + lane, value);
+        read_tile(states + (row / 2 * BACKWARD_ROWS + 2 + kind) * TILE_ROW + lane, value);
         store_tokens(parts + kind * scan.part_kind_stride +
                          (long long)(first + row / 2) * scan.length,
                      place.chunk * CHUNK + lane * STEPS, scan.length, place.reversed, value);
     }
 }
 
+// In shared memory a warp of the backward has a line for each row, state of a group and direction:
+// what its lanes hand on if zero enters them, then what enters them, the last lane first where it
+// goes back. A line's last four numbers are spans, of lanes 4 * state to 4 * state + 3.
+__device__ inline float *line_of(float *lines, int row, int state, bool is_back) {
+    return lines + ((row * GROUP + state) * 2 + is_back) * LINE;
+}
+
+__device__ inline void write_spans(float *lines, const float (&span)[ROWS], int lane) {
+    int back = LANES - 1 - lane;
+    EACH_ROW {
+        line_of(lines, r, lane / 4, false)[LANES + lane % 4] = span[r];
+        line_of(lines, r, back / 4, true)[LANES + back % 4] = span[r];
+    }
+}
+
+typedef float Decays[LANES];  // of the lanes of a line
+
+__device__ inline void decays_of(const float *spans, float rate, Decays &decay) {
+#pragma unroll
+    for (int i = 0; i < LANES; i += 4) {
+        float4 span = *(const float4 *)(spans + i / 4 * 2 * LINE);
+        decay[i] = exp2_fast(span.x * rate), decay[i + 1] = exp2_fast(span.y * rate);
+        decay[i + 2] = exp2_fast(span.z * rate), decay[i + 3] = exp2_fast(span.w * rate);
+    }
+}
+
+// What leaves the last lane of a line if `entering` enters the first. With `fill` what enters each
+// lane takes the place of what leaves it if zero does.
+template <bool fill>
+__device__ inline float follow_line(float *line, const Decays &decay, float entering) {
+#pragma unroll
+    for (int i = 0; i < LANES; i += 4) {
+        float4 *at = (float4 *)(line + i);
+        float4 end = *at, in;
+        in.x = entering;
+        in.y = fmaf(decay[i], in.x, end.x);
+        in.z = fmaf(decay[i + 1], in.y, end.y);
+        in.w = fmaf(decay[i + 2], in.z, end.z);
+        entering = fmaf(decay[i + 3], in.w, end.w);
+        if (fill) *at = in;
+    }
+    return entering;
+}
+
+// A sum over a line by the two lanes that have it, `half` 0 and 1.
+__device__ inline float sum_line(const float *line, int half) {
+    float sum = 0.0f;
+#pragma unroll
+    for (int k = 0; k < LANES / 8; k++) {
+        float4 four = ((const float4 *)line)[half * (LANES / 8) + k];
+        sum += (four.x + four.y) + (four.z + four.w);
+    }
+    return sum + __shfl_xor_sync(ALL, sum, 1);
+}
+
+// Warps add to the block's sums of a state one after the other; who is next stands in turns[state].
+// Each begins its walk through a group at another state, as far as there are any, and comes to a
+// state in the order of its way there.
+__device__ inline int first_warp(int state) { return min(state % GROUP, ROW_WARPS - 1); }
+
+__device__ inline int next_warp(int warp) {
+    if (warp + GROUP < ROW_WARPS) return warp + GROUP;
+    return (warp % GROUP == 0 ? min(GROUP, ROW_WARPS) : warp % GROUP) - 1;
+}
+
 extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) backward(const Scan scan) {
     DYNAMIC_SHARED(float4, shared);
     __shared__ Place place;
-    __shared__ int done[ROW_WARPS];
+    __shared__ int turns[STAGE];
     Self self;
     take_place(scan, true, place, self);
-    Areas areas = areas_of(scan, shared, true);
+    float4 *low = low_of(scan, shared, BACKWARD_ROWS);
+    float *lines = (float *)after_low(scan, low);
     // u twice: it is needed once more at the end of a pass
-    Four<TOKENS> *grad_slots = areas.slots + 2 * SLOTS, *delta_slots = grad_slots + SLOTS;
-    int length = scan.length, width = border_width(scan);
-    const float4 *tile = areas.matrices + self.lane;
-    bool has_before = place.chunk > 0;
+    Four<TOKENS> *u_slots = (Four<TOKENS> *)(lines + ROW_WARPS * LINES);
+    Four<TOKENS> *grad_slots = u_slots + 2 * SLOTS, *delta_slots = grad_slots + SLOTS;
+    lines += self.row_warp * LINES;
+    int length = scan.length;
     Rows rows = rows_of(scan, place, self, 0);
-    fetch_inputs(scan, place, self, rows, areas.slots, delta_slots);
+    fetch_inputs(scan, place, self, rows, u_slots, delta_slots);
     fetch_gradients(scan, place, self, rows, grad_slots);
     Scalars scalars = scalars_of(scan, place, rows);
 
     for (int pass = 0; pass < scan.passes; pass++) {
         Tokens dt, input, dy;
-        float span[ROWS], span_up[ROWS], span_down[ROWS];
+        float span[ROWS];
         ForTokens token_sums = {};
-        const Four<TOKENS> *slots = areas.slots + pass % 2 * SLOTS;
+        const Four<TOKENS> *slots = u_slots + pass % 2 * SLOTS;
         rows = rows_of(scan, place, self, hidden(pass));
         if (PREFETCH) wait_for_copies();
         EACH_ROW {
@@ -216,107 +233,121 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) backward(const Sca
                         place.reversed, dy[r]);
             if (!rows.is_there[r]) EACH_STEP dy[r][i] = 0.0f;
         }
-        step_sizes(scan, place, self, rows, scalars, delta_slots, areas.low, pass == 0, dt);
+        step_sizes(scan, place, self, rows, scalars, delta_slots, low, pass == 0, dt);
         begin_rows(dt, input, span);
-        sum_up(span, self.lane, span_up);
-        sum_down(span, self.lane, span_down);
+        write_spans(lines, span, self.lane);
+        float chunk_span = sum_half(halve_lanes(span, self.lane));  // of the line's row
+        keep(chunk_span);
         if (PREFETCH && pass + 1 < scan.passes) {
             Rows next = rows_of(scan, place, self, hidden(pass + 1));
-            fetch_inputs(scan, place, self, next, areas.slots + (pass + 1) % 2 * SLOTS,
+            fetch_inputs(scan, place, self, next, u_slots + (pass + 1) % 2 * SLOTS,
                          delta_slots);
             fetch_gradients(scan, place, self, next, grad_slots);
         }
-        Scalars coming = scalars_of(scan, place, rows_of(scan, place, self, hidden(pass + 1)));
-        RowSums row_sums = row_sums_of(scan, place, self, rows);
-        bool has_border = rows.first < width;
-        bool takes_over = place.chunk + 1 < scan.chunks && has_border;
-        bool hands_on = has_before && has_border && self.lane == 0;
-        const float *entry = scan.borders + border_of(scan, place, rows, place.chunk - 1);
-        const float *late = scan.grad_borders + border_of(scan, place, rows, place.chunk);
-        float *way_out = scan.grad_borders + border_of(scan, place, rows, place.chunk - 1);
 
         for (int first = 0; first < scan.states; first += STAGE) {
             int count = min(scan.states - first, STAGE);
             begin_rates(scan, place, rows, first, scalars);
             if (pass == 0 || scan.states > STAGE) {
                 __syncthreads();
-                stage_matrices(scan, place, first, count, areas.matrices);
+                stage_matrices(scan, place, first, count, shared, BACKWARD_ROWS);
                 for (int i = threadIdx.x; i < 2 * TILE_ROW * count; i += THREADS)
-                    areas.sums[i] = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
-                if (threadIdx.x < ROW_WARPS) done[threadIdx.x] = 0;
+                    shared[i / (2 * TILE_ROW) * BACKWARD_ROWS * TILE_ROW + 2 * TILE_ROW +
+                           i % (2 * TILE_ROW)] = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
+                if (threadIdx.x < STAGE) turns[threadIdx.x] = first_warp(threadIdx.x);
                 __syncthreads();
             }
-            int turns = max(count, ROW_WARPS);  // no two warps are at the same state
-            int earlier = scan.states > STAGE ? 0 : pass * turns;
-            Turns order = {done, self.row_warp, turns};
-            // of these states what entered the chunk in the forward: one a lane, as the rates
-            Border inherited = look(entry + (first + min(self.lane % 16, count - 1)) * width,
-                                    has_before);
-            int k = self.row_warp;
-            int at = (first + min(k, count - 1)) * width;
-            Border border = look(late + at, takes_over);
-            float sum = 0.0f;    // for the rate of the turn before, of 16 lanes
-            int summed = LANES;  // the state that it belongs to
-            float for_rates;     // of state n in lane n, of each half of a warp
-            for (int turn = earlier; turn < earlier + turns; turn++) {
-                if (k < count) {
+            for (int from = 0; from < count; from += GROUP) {
+                int group = min(count - from, GROUP);
+                // the line that this lane joins
+                int second = self.lane / 16, member = self.lane % 16 / 2, is_back = self.lane % 2;
+                int own = min(member, group - 1);
+                float *line = line_of(lines, second, member, is_back);
+                long long border_step = (long long)scan.states * scan.channels;
+                Rows at = rows_of(scan, place, self, hidden(pass));
+                bool is_there = second ? at.is_there[ROWS - 1] : at.is_there[0];
+                bool has_line = member < group && is_there;
+                bool takes_over = is_back ? place.chunk + 1 < scan.chunks : place.chunk > 0;
+                const float *entry = (is_back ? scan.grad_borders : scan.borders - border_step) +
+                                     border_of(scan, place, second ? at.row[ROWS - 1] : at.row[0],
+                                               first + from + own, place.chunk);
+                float4 *tile = shared + from * BACKWARD_ROWS * TILE_ROW + self.lane;
+                unsigned border = 0;
+                read_handed(entry, has_line && takes_over, border);
+                for (int k = 0; k < group; k++) {
                     Tokens decay;
-                    float b[STEPS], c[STEPS], for_b[STEPS] = {}, for_c[STEPS] = {};
-                    float rate[ROWS], whole[ROWS], end[ROWS], whole_back[ROWS], end_back[ROWS];
-                    float carry[ROWS], from[ROWS], last[ROWS], state[ROWS], back[ROWS];
-                    read_tile(tile + 2 * k * TILE_ROW, b);
-                    read_tile(tile + (2 * k + 1) * TILE_ROW, c);
-                    EACH_ROW rate[r] = of_lane(scalars.rates[r], k);
-                    walk(dt, input, span, rate, b, decay, whole, end);
+                    float b[STEPS], c[STEPS], rate[ROWS], end[ROWS], end_back[ROWS];
+                    read_tile(tile + k * BACKWARD_ROWS * TILE_ROW, b);
+                    read_tile(tile + (k * BACKWARD_ROWS + 1) * TILE_ROW, c);
+                    EACH_ROW rate[r] = of_lane(scalars.rates[r], from + k);
+                    walk(dt, input, rate, b, decay, end);
                     walk_back(decay, dy, c, end_back);
-                    EACH_ROW whole_back[r] = whole[r];
-                    join_lanes(whole, end, whole_back, end_back, sum, self.lane);
-                    decay_over(span_up, rate, whole);
-                    decay_over(span_down, rate, whole_back);
-                    if (self.lane % 16 == summed) for_rates = sum;
-                    wait_for(scan, late + at, end_back[0], border);
-                    EACH_ROW carry[r] = of_lane(state_of(inherited, r), k);
-                    EACH_ROW from[r] = state_of(border, r);
-                    EACH_ROW last[r] = fmaf(whole_back[r], from[r], end_back[r]);
-                    if (hands_on) hand_on(way_out + at, last);
                     EACH_ROW {
-                        back[r] = from_lane_after(last[r], from[r], self.lane);
-                        float handed = fmaf(whole[r], carry[r], end[r]);
-                        state[r] = from_lane_before(handed, carry[r], self.lane);
+                        line_of(lines, r, k, false)[self.lane] = end[r];
+                        line_of(lines, r, k, true)[LANES - 1 - self.lane] = end_back[r];
                     }
-                    int seen = order.seen();
-                    int coming = k + 1 == turns ? 0 : k + 1;  // if it is there, else the last
-                    at = (first + min(coming, count - 1)) * width;
-                    border = look(late + at, takes_over);
-                    float for_rate[ROWS];
-                    add_gradients(dt, input, dy, decay, rate, b, c, state, back, for_b, for_c,
-                                  token_sums, for_rate);
-                    sum = halve_lanes(for_rate, self.lane);
-                    summed = k;
-                    order.wait(turn, seen);
-                    float4 *own_sums = areas.sums + 2 * k * TILE_ROW + self.lane;
-                    add_to_tile(own_sums, for_b);
-                    add_to_tile(own_sums + TILE_ROW, for_c);
                 }
                 __syncwarp();
-                if (self.lane == 0) write_flag(done + self.row_warp, turn + 1);
-                k = k + 1 == turns ? 0 : k + 1;
-                if (k == 0 && turns > count) {  // what was read on the way here is the last state's
-                    at = first * width;
-                    read_handed(late + at, takes_over, border);
-                }
+                float line_rates[ROWS];
+                EACH_ROW line_rates[r] = of_lane(scalars.rates[r], from + own);
+                float line_rate = second ? line_rates[ROWS - 1] : line_rates[0];
+                Decays decay;
+                decays_of(line_of(lines, second, 0, is_back) + LANES, line_rate, decay);
+                float end = follow_line<false>(line, decay, 0.0f);
+                wait_for(scan, entry, end, border);
+                float entering = __uint_as_float(border);
+                float last = fmaf(exp2_fast(line_rate * chunk_span), entering, end);
+                if (is_back && has_line && place.chunk > 0)
+                    write_handed((void *)(entry - border_step), __float_as_uint(last));
+                follow_line<true>(line, decay, entering);
+                __syncwarp();
+
+                int k = self.row_warp % GROUP;
+                do {
+                    if (k < group) {
+                        Tokens decay;
+                        float b[STEPS], c[STEPS], for_b[STEPS] = {}, for_c[STEPS] = {};
+                        float rate[ROWS], state[ROWS], back[ROWS], for_rate[ROWS];
+                        float4 *own_tile = tile + k * BACKWARD_ROWS * TILE_ROW;
+                        read_tile(own_tile, b);
+                        read_tile(own_tile + TILE_ROW, c);
+                        EACH_ROW {
+                            rate[r] = of_lane(scalars.rates[r], from + k);
+                            state[r] = line_of(lines, r, k, false)[self.lane];
+                            back[r] = line_of(lines, r, k, true)[LANES - 1 - self.lane];
+                            EACH_STEP decay[r][i] = exp2_fast(dt[r][i] * rate[r]);
+                        }
+                        int *turn = turns + from + k;
+                        int seen = read_flag(turn);
+                        add_gradients(dt, input, dy, decay, rate, b, c, state, back, for_b, for_c,
+                                      token_sums, for_rate);
+                        EACH_ROW line_of(lines, r, k, false)[self.lane] = for_rate[r];
+                        while (seen != self.row_warp) {
+                            WHILE_WAITING;
+                            seen = read_flag(turn);
+                        }
+                        add_to_tile(own_tile + 2 * TILE_ROW, for_b);
+                        add_to_tile(own_tile + 3 * TILE_ROW, for_c);
+                        __syncwarp();
+                        if (self.lane == 0) write_flag(turn, next_warp(self.row_warp));
+                    }
+                    k = (k + 1) % GROUP;
+                } while (k != self.row_warp % GROUP);
+                float sum = sum_line(line - is_back * LINE, is_back);
+                RowSums row_sums =
+                    row_sums_of(scan, place, self, rows_of(scan, place, self, hidden(pass)));
+                if (has_line && !is_back)
+                    row_sums.at[first + from + member] = for_held(scan, sum, line_rate);
+                __syncwarp();
             }
-            sum = sum_half(sum);
-            if (self.lane % 16 == summed) for_rates = sum;
-            if (row_sums.is_writer && self.lane % 16 < count)
-                row_sums.at[first + self.lane % 16] = for_held(
-                    scan, for_rates, scalars.rates[self.lane < LANES / 2 ? 0 : ROWS - 1]);
             if (pass + 1 == scan.passes || scan.states > STAGE) {
                 __syncthreads();
-                store_sums(scan, place, first, count, areas.sums);
+                store_sums(scan, place, first, count, shared);
             }
         }
+        Scalars coming = scalars_of(scan, place, rows_of(scan, place, self, hidden(pass + 1)));
         rows = rows_of(scan, place, self, hidden(pass));
+        RowSums row_sums = row_sums_of(scan, place, self, rows);
         finish_rows(scan, place, self, rows, scalars, slots, dt, dy, token_sums, row_sums);
         scalars = coming;
     }

@@ -5,13 +5,6 @@
 
 #include "steps.cuh"
 
-// Borders are (batch, groups, chunks - 1, channels): where a row's border after chunk `chunk` lies.
-__device__ inline long long border_of(const Scan &scan, const Place &place, const Rows &rows,
-                                      int chunk) {
-    long long sequence = (long long)place.batch * scan.groups + place.group;
-    return (sequence * (scan.chunks - 1) + chunk) * scan.channels + rows.row[0];
-}
-
 // A state at a border; 0 where nothing is handed on.
 __device__ inline unsigned look(const float *at, bool is_there) {
     unsigned border = 0;
@@ -89,8 +82,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) forward(const Scan
         Tokens dt, input, y, decay;
         float span[ROWS], span_up[ROWS], whole[ROWS], end[ROWS], state[ROWS];
         bool is_there = rows.is_there[0];
-        const float *entry = scan.borders + border_of(scan, place, rows, place.chunk - 1);
-        float *way_out = scan.borders + border_of(scan, place, rows, place.chunk);
+        const float *entry = scan.borders + border_of(scan, place, rows.row[0], 0, place.chunk - 1);
+        float *way_out = scan.borders + border_of(scan, place, rows.row[0], 0, place.chunk);
         unsigned border = look(entry, place.chunk > 0 && is_there);
         if (PREFETCH) wait_for_copies();
         take_tokens(scan.u + place.shared + (long long)rows.row[0] * length, slots, 0, self.at,
@@ -104,7 +97,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) forward(const Scan
             fetch_inputs(scan, place, self, coming, slots, slots + SLOTS);
         Scalars next = scalars_of(scan, place, coming);
 
-        walk(dt, input, span, rate, b, decay, whole, end);
+        walk(dt, input, rate, b, decay, end);
+        decay_over(span, rate, whole);
         join_lanes(whole, end, self.lane);
         sum_up(span, self.lane, span_up);
         decay_over(span_up, rate, whole);
@@ -183,10 +177,10 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) backward(const Sca
         ForTokens token_sums = {};
         bool is_there = rows.is_there[0];
         const Four<TOKENS> *slots = u_slots + pass % 2 * SLOTS;
-        const float *late = scan.grad_borders + border_of(scan, place, rows, place.chunk);
-        float *way_out = scan.grad_borders + border_of(scan, place, rows, place.chunk - 1);
+        const float *late = scan.grad_borders + border_of(scan, place, rows.row[0], 0, place.chunk);
+        float *way_out = scan.grad_borders + border_of(scan, place, rows.row[0], 0, place.chunk - 1);
         unsigned border = look(late, place.chunk + 1 < scan.chunks && is_there);
-        unsigned inherited = look(scan.borders + border_of(scan, place, rows, place.chunk - 1),
+        unsigned inherited = look(scan.borders + border_of(scan, place, rows.row[0], 0, place.chunk - 1),
                                   has_before && is_there);
         if (PREFETCH) wait_for_copies();
         long long start = (long long)rows.row[0] * length;
@@ -205,11 +199,11 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) backward(const Sca
         Scalars next = scalars_of(scan, place, coming);
         float rate[ROWS] = {rate_of(scan, scalars.rates[0])};
 
-        walk(dt, input, span, rate, b, decay, whole, end);
+        walk(dt, input, rate, b, decay, end);
+        decay_over(span, rate, whole);
         walk_back(decay, dy, c, end_back);
         whole_back[0] = whole[0];
-        float unused = 0.0f;
-        join_lanes(whole, end, whole_back, end_back, unused, self.lane);
+        join_lanes(whole, end, whole_back, end_back, self.lane);
         sum_up(span, self.lane, span_up);
         sum_down(span, self.lane, span_down);
         decay_over(span_up, rate, whole);

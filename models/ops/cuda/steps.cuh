@@ -6,23 +6,19 @@
 
 typedef float Tokens[ROWS][STEPS];
 
-// decay: of each token. whole, end: of the lane, and what it hands on if zero enters it. Rates are
-// for base 2; span is the sum of dt.
-__device__ inline void walk(const Tokens &dt, const Tokens &input, const float (&span)[ROWS],
-                            const float (&rate)[ROWS], const float (&b)[STEPS], Tokens &decay,
-                            float (&whole)[ROWS], float (&end)[ROWS]) {
-    EACH_ROW {
-        whole[r] = exp2_fast(span[r] * rate[r]);
-        EACH_STEP {
-            decay[r][i] = exp2_fast(dt[r][i] * rate[r]);
-            float share = input[r][i] * b[i];
-            end[r] = i == 0 ? share : fmaf(decay[r][i], end[r], share);
-        }
+// decay: of each token; rates are for base 2. end: what the lane hands on if zero enters it.
+__device__ inline void walk(const Tokens &dt, const Tokens &input, const float (&rate)[ROWS],
+                            const float (&b)[STEPS], Tokens &decay, float (&end)[ROWS]) {
+    EACH_ROW EACH_STEP {
+        decay[r][i] = exp2_fast(dt[r][i] * rate[r]);
+        float share = input[r][i] * b[i];
+        end[r] = i == 0 ? share : fmaf(decay[r][i], end[r], share);
     }
 }
 
-// The decay over the lanes up to each, or from each on, of which `spans` are the sums of dt. Not the
-// product of theirs: where decays are near 1 its rounding would grow from chunk to chunk.
+// The decay over a lane, or over the lanes up to each, or from each on, of which `spans` are the sums
+// of dt. Over lanes it is not the product of theirs: where decays are near 1 its rounding would grow
+// from chunk to chunk.
 __device__ inline void decay_over(const float (&spans)[ROWS], const float (&rate)[ROWS],
                                   float (&whole)[ROWS]) {
     EACH_ROW whole[r] = exp2_fast(spans[r] * rate[r]);
