@@ -163,19 +163,21 @@ class TestEmulated:
             moved[index] = shifted.copy_(inputs[index])
             assert_rows(moved, 1e-5)
 
+    @pytest.mark.parametrize("available", [64_000, 100_000])
     @pytest.mark.parametrize("states", [1, 20])
-    def test_little_shared_memory_and_no_copies(self, states, monkeypatch):
-        monkeypatch.setattr(library, "shared_bytes", lambda device: 64_000)
+    def test_little_shared_memory_and_no_copies(self, states, available, monkeypatch):
+        monkeypatch.setattr(library, "shared_bytes", lambda device: available)
         assert_rows(of_rows.make_inputs(1, 20, states, 600, 1), 1e-5)
         assert_maps(of_maps.make_inputs(1, 5, states, 20, (15, 20)), 1e-5, "cross")
         monkeypatch.setattr(library, "copies_to_shared", lambda device: False)
         assert_rows(of_rows.make_inputs(1, 20, states, 600, 1), 1e-5)
 
+    @pytest.mark.parametrize("kilobytes", [64, 99, 163, 227])  # of a block: Turing to Hopper
     @pytest.mark.parametrize("rank", [1, 12, 13, 40])
-    @pytest.mark.parametrize("states", [1, 16, 64])
-    def test_fits_into_the_least_shared_memory(self, states, rank, monkeypatch):
-        least = 64 * 1024 - 1024
-        monkeypatch.setattr(library, "shared_bytes", lambda device: least)
+    @pytest.mark.parametrize("states", [1, 3, 16, 64])
+    def test_fits_into_shared_memory(self, states, rank, kilobytes, monkeypatch):
+        available = (kilobytes - 1) * 1024
+        monkeypatch.setattr(library, "shared_bytes", lambda device: available)
         asked = []
         monkeypatch.setattr(library, "launch", lambda *arguments: asked.append(arguments))
         inputs = of_maps.make_inputs(1, 2, states, rank, (48, 48))
@@ -183,13 +185,17 @@ class TestEmulated:
         of_rows.run(rows.selective_scan_cuda, of_rows.make_inputs(1, 2, states, 3000, 1))
         sizes = [arguments[5] for arguments in asked]
         assert len(sizes) == 11
-        assert max(sizes) <= least
+        assert max(sizes) <= available
 
     @pytest.mark.parametrize("states", [1, 2])
     def test_blocks_take_further_rows(self, states, monkeypatch):
         monkeypatch.setattr(scan, "_ENOUGH_BLOCKS", {"forward": 1, "backward": 1})
         assert_rows(of_rows.make_inputs(1, 150, states, 600, 1), 1e-5)
         assert_maps(of_maps.make_inputs(1, 150, states, 2, (12, 25)), 1e-5, "window")
+
+    def test_blocks_take_further_rows_of_many_states(self, monkeypatch):
+        monkeypatch.setattr(scan, "_ENOUGH_BLOCKS", {"forward": 1, "backward": 1})
+        assert_rows(of_rows.make_inputs(1, 60, 11, 300, 1), 1e-5)
 
     @pytest.mark.parametrize("order", ["cross", "window"])
     def test_blocks_reorder_several_rows(self, order, monkeypatch):

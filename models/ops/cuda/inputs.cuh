@@ -3,18 +3,32 @@
 
 #include "tokens.cuh"
 
-// Bring rows [0, count) of a matrix to a tile, `spacing` rows of it apart.
-__device__ inline void stage(const MATRIX *rows, int count, float4 *tile, int spacing,
-                             const Scan &scan, const Place &place) {
+// Bring rows [0, count) of each of the matrices to a tile: row 0 of all, then row 1, `spacing` rows
+// of the tile apart. Two of a thread's rows are on their way at a time.
+template <int matrices>
+__device__ inline void stage(const MATRIX *const (&from)[matrices], int count, float4 *tile,
+                             int spacing, const Scan &scan, const Place &place) {
     const int parts = CHUNK / STEPS;
-    for (int task = threadIdx.x; task < count * parts; task += THREADS) {
-        int row = task / parts, part = task % parts;
+#pragma unroll 2
+    for (int task = threadIdx.x; task < matrices * count * parts; task += THREADS) {
+        int row = task / parts / matrices, kind = task / parts % matrices, part = task % parts;
+        const MATRIX *matrix = from[0];
+#pragma unroll
+        for (int k = 1; k < matrices; k++)
+            if (k == kind) matrix = from[k];
         float value[STEPS];
-        load_tokens(rows + (long long)row * scan.length, place.chunk * CHUNK + part * STEPS,
+        load_tokens(matrix + (long long)row * scan.length, place.chunk * CHUNK + part * STEPS,
                     scan.length, place.reversed, value);
-        write_tile(tile + row * spacing * TILE_ROW + part / SEGMENT * WARP_ROW + part % SEGMENT,
+        write_tile(tile + (row * spacing + kind) * TILE_ROW + part / SEGMENT * WARP_ROW +
+                       part % SEGMENT,
                    value);
     }
+}
+
+// Rows of dt_low from `first` on: all that there are, or as many as shared memory holds.
+__device__ inline void stage_low(const Scan &scan, const Place &place, int first, float4 *tile) {
+    const MATRIX *low[1] = {scan.low + place.matrix + (long long)first * scan.length};
+    stage(low, min(scan.rank - first, 2 * STAGE), tile, 1, scan, place);
 }
 
 __device__ inline void fetch_inputs(const Scan &scan, const Place &place, const Self &self,
@@ -36,23 +50,21 @@ __device__ inline void fetch_gradients(const Scan &scan, const Place &place, con
                           r, self.at, scan.length, place.reversed);
 }
 
-// dt of a warp's rows, 0 past the end and in rows that are not there: these change nothing.
+// dt of a warp's rows, given or made of the rows of dt_low in `tile`, 0 past the end and in rows that are not there: these change nothing.
 __device__ inline void step_sizes(const Scan &scan, const Place &place, const Self &self,
                                   const Rows &rows, const Scalars &scalars,
-                                  const Four<TOKENS> *slots, float4 *tile, bool is_first_pass,
+                                  const Four<TOKENS> *slots, float4 *tile,
                                   float (&dt)[ROWS][STEPS]) {
     if (scan.low == nullptr) {
         EACH_ROW take_tokens(scan.delta + place.own + (long long)rows.row[r] * scan.length, slots,
                              r, self.at, scan.length, place.reversed, dt[r]);
     } else {
         EACH_ROW EACH_STEP dt[r][i] = 0.0f;
-        const MATRIX *low = scan.low + place.matrix;
         for (int first = 0; first < scan.rank; first += 2 * STAGE) {
             int count = min(scan.rank - first, 2 * STAGE);
-            const MATRIX *piece = low + (long long)first * scan.length;
-            if (is_first_pass || scan.rank > 2 * STAGE) {
+            if (scan.rank > 2 * STAGE) {  // else they are there
                 __syncthreads();
-                stage(piece, count, tile, 1, scan, place);
+                stage_low(scan, place, first, tile);
                 __syncthreads();
             }
             const float *weight[ROWS];

@@ -100,23 +100,24 @@ __device__ inline float from_lane_after(float handed, float entering, int lane) 
     return lane == SEGMENT - 1 ? entering : handed;
 }
 
-// The beginning of a sum over the lanes of each row: what follows are sums over 16 lanes. Of two
-// rows of a lane the first goes to lanes 0 to 15, the second to the others.
-__device__ inline float halve_lanes(const float (&value)[ROWS], int lane) {
-#if ROWS == 2
+// The beginning of sums over the lanes of a warp; what follows are sums over 16 lanes. Of two numbers
+// the sum of the first goes to lanes 0 to 15, that of the second to the others.
+__device__ inline float halve_lanes(const float (&value)[2], int lane) {
     bool is_upper = lane >= LANES / 2;
     float own = is_upper ? value[1] : value[0], other = is_upper ? value[0] : value[1];
     return own + __shfl_xor_sync(ALL, other, LANES / 2);
-#else
-    return value[0] + __shfl_xor_sync(ALL, value[0], LANES / 2);
-#endif
 }
 
-__device__ inline float sum_half(float sum) {
+__device__ inline float halve_lanes(const float (&value)[1], int lane) {
+    return value[0] + __shfl_xor_sync(ALL, value[0], LANES / 2);
+}
+
+template <int count>
+__device__ inline void sum_halves(float (&sum)[count]) {
 #pragma unroll
     for (int distance = 1; distance < LANES / 2; distance *= 2)
-        sum += __shfl_xor_sync(ALL, sum, distance);
-    return sum;
+#pragma unroll
+        for (int k = 0; k < count; k++) sum[k] += __shfl_xor_sync(ALL, sum[k], distance);
 }
 
 #ifndef CMFS_EMULATED

@@ -110,24 +110,38 @@ class _Layout(NamedTuple):
         return 32 * self.token_warps * self.row_warps
 
 
-def _layout(name: str, length: int, states: int, rank: int) -> _Layout:
-    """What was fastest; a forward and its backward have the same chunks."""
-    if states > 1:
-        if name == "forward":
-            return _Layout(0, 16, 16, 1, 1, 8, 2)
-        return _Layout(0, 32, 8, 2, 1, 12, 1)
+_WARP_TOKENS = 256  # in every layout
+
+
+def _token_warps(length: int, states: int, rank: int) -> int:
     # long sequences of one state are limited by memory alone: few borders, many tokens a block
     # (and dt_low of such a block must fit into 64 KB)
-    token_warps = 4 if length > 2048 and rank <= 12 else 1
-    return _Layout(1, 32, 8, 1, token_warps, 4 // token_warps, 6 if name == "forward" else 4)
+    return 4 if states == 1 and length > 2048 and rank <= 12 else 1
+
+
+def _layout(name: str, scan: Scan) -> _Layout:
+    """What was fastest; a forward and its backward have the same chunks."""
+    if scan.states == 1:
+        token_warps = _token_warps(scan.sizes[-1], 1, scan.rank)
+        return _Layout(1, 32, 8, 1, token_warps, 4 // token_warps, 6 if name == "forward" else 4)
+    if name == "forward":
+        return _Layout(0, 16, 16, 1, 1, 8, 2)
+    return _Layout(0, 32, 8, 2, 1, _shared_plan(scan.A.device)[1], 1)
+
+
+def _shared_plan(device: torch.device) -> tuple[int, int]:
+    """States of B and C that shared memory holds at a time; warps of a backward of many states."""
+    available = library.shared_bytes(device)
+    if available >= 200_000:
+        return 16, 12
+    return (8, 8) if available >= 98_000 else (4, 4)
 
 
 def count_borders(
     batch: int, groups: int, channels: int, length: int, states: int, rank: int = 0
 ) -> int:
     """Numbers that a forward leaves for the backward: states between chunks, and a counter."""
-    layout = _layout("forward", length, states, rank)
-    chunks = math.ceil(length / layout.chunk)
+    chunks = math.ceil(length / (_WARP_TOKENS * _token_warps(length, states, rank)))
     return batch * groups * max(chunks - 1, 0) * states * channels + 1
 
 
@@ -170,7 +184,7 @@ def scan_backward(
     grad_borders = _not_yet(borders.numel(), scan.A)
     arguments = _arguments("backward", scan, grad_u, borders)
     parts = scan.A.new_empty(arguments.blocks, *by_walk, 2, states, length)
-    token_warps = _layout("backward", length, states, scan.rank).token_warps
+    token_warps = _layout("backward", scan).token_warps
     rows = scan.A.new_empty(batch * arguments.chunks * token_warps, groups, channels, states + 2)
     arguments.grad_y = grad_y[0].data_ptr()
     arguments.grad_source_stride = _distance(grad_y)
@@ -193,13 +207,13 @@ def _not_yet(count: int, like: Tensor) -> Tensor:
 def _arguments(name: str, scan: Scan, own: Tensor, borders: Tensor) -> _Arguments:
     """All that the forward and the backward share; `own` has the strides of y, or of gradients."""
     groups, batch, channels, length = scan.sizes
-    layout = _layout(name, length, scan.states, scan.rank)
+    layout = _layout(name, scan)
     chunks = math.ceil(length / layout.chunk)
     # how often a block takes new rows: its sums over rows hold one stage of states
     if layout.single:
         passes = 8 if name == "forward" else 16
     else:
-        passes = 4 if scan.states <= _stage(scan.u[0].device) else 1
+        passes = 4 if scan.states <= _shared_plan(scan.A.device)[0] else 1
     while passes > 1 and (
         batch * groups * chunks * math.ceil(channels / (layout.block_rows * passes))
         < _ENOUGH_BLOCKS[name]
@@ -239,19 +253,14 @@ def _arguments(name: str, scan: Scan, own: Tensor, borders: Tensor) -> _Argument
     )
 
 
-def _stage(device: torch.device) -> int:
-    """States of B and C in shared memory at a time: fewer where there is little of it."""
-    return 16 if library.shared_bytes(device) >= 200_000 else 8
-
-
 def _launch(name: str, scan: Scan, arguments: _Arguments, others: tuple[Tensor, ...]) -> None:
     tensors = [*scan.u, scan.delta, scan.low, scan.B, scan.C, *others]
     is_aligned = arguments.length % 4 == 0 and all(
         x.data_ptr() % (4 * x.element_size()) == 0 for x in tensors if x is not None
     )
     device, tokens = scan.A.device, scan.u[0].dtype
-    layout = _layout(name, arguments.length, scan.states, scan.rank)
-    stage, is_backward = _stage(device), name == "backward"
+    layout = _layout(name, scan)
+    stage, is_backward = _shared_plan(device)[0], name == "backward"
     tile_rows = min(scan.rank, 2 * stage)  # of a chunk each
     if not layout.single:
         tile_rows += 2 * min(scan.states, stage) * (1 + is_backward)
@@ -262,6 +271,8 @@ def _launch(name: str, scan: Scan, arguments: _Arguments, others: tuple[Tensor, 
         tile_bytes += layout.row_warps * layout.rows * 2 * 8 * 36 * 4  # LINES of scan_many.cu
     arrays = 1 + 2 * is_backward + (scan.delta is not None)
     slot_bytes = arrays * layout.rows * layout.steps * layout.threads * tokens.itemsize
+    if not layout.single:
+        slot_bytes += 2 * layout.block_rows * 18 * 4  # SCALAR_SLOTS of scan_many.cu
     has_copies = is_aligned and library.copies_to_shared(device)
     has_copies &= tile_bytes + slot_bytes <= library.shared_bytes(device)
     definitions = {

@@ -10,6 +10,51 @@
 
 #include "steps.cuh"
 
+// Scalars on their way through shared memory, a pass ahead like the tokens: of each row of a warp
+// the bias, the skip and A of the first 16 states. A warp has two sets, used in turn.
+#define ROW_SCALARS 18
+#define SCALARS (WARP_ROWS * ROW_SCALARS)
+#define SCALAR_SLOTS (THREADS / LANES * 2 * SCALARS)  // of a block
+
+__device__ inline float *scalar_slots_of(float *slots, int pass) {
+    return slots + ((int)threadIdx.x / LANES * 2 + pass % 2) * SCALARS +
+           (int)threadIdx.x % SEGMENTS * ROWS * ROW_SCALARS;
+}
+
+__device__ inline void fetch_scalars(const Scan &scan, const Place &place, const Rows &rows,
+                                     float *slots, int pass) {
+#if PREFETCH
+    float *slot = scalar_slots_of(slots, pass);
+    int n = threadIdx.x % LANES / SEGMENTS;
+    EACH_ROW {
+        long long channel = channel_of(scan, place, rows, r);
+        const float *own = n == 0 ? scan.bias : scan.D;
+        if (n < 2)
+            copy_later<4>(slot + r * ROW_SCALARS + n, own == nullptr ? scan.A : own + channel,
+                          own != nullptr);
+        if (n < min(scan.states, 16))
+            copy_later<4>(slot + r * ROW_SCALARS + 2 + n, scan.A + channel * scan.states + n, true);
+    }
+#endif
+}
+
+__device__ inline Scalars take_scalars(const Scan &scan, const Place &place, const Rows &rows,
+                                       float *slots, int pass) {
+#if PREFETCH
+    Scalars scalars;
+    const float *slot = scalar_slots_of(slots, pass);
+    int n = threadIdx.x % LANES / SEGMENTS % 16;
+    __syncwarp();  // lanes fetched for one another
+    EACH_ROW {
+        scalars.bias[r] = slot[r * ROW_SCALARS], scalars.skip[r] = slot[r * ROW_SCALARS + 1];
+        scalars.rates[r] = slot[r * ROW_SCALARS + 2 + min(n, scan.states - 1)];
+    }
+    return scalars;
+#else
+    return scalars_of(scan, place, rows);
+#endif
+}
+
 // The rates of states `first` on, for base 2; those of the first came with the other scalars.
 __device__ inline void begin_rates(const Scan &scan, const Place &place, const Rows &rows,
                                    int first, Scalars &scalars) {
@@ -19,10 +64,11 @@ __device__ inline void begin_rates(const Scan &scan, const Place &place, const R
 
 #define GROUP 8            // states that a backward joins at once
 #define LINE (LANES + 4)   // a number of each lane, and four that keep banks apart
-#define LINES (2 * ROWS * GROUP * LINE)  // of a warp
+#define ROW_LINES (2 * GROUP * LINE)  // all lines of a row
+#define LINES (ROWS * ROW_LINES)      // and of a warp
 
 // In shared memory: for each state its rows of B and C and, in a backward, of their gradients; rows
-// of dt_low; lines; tokens on their way.
+// of dt_low; lines; scalars and tokens on their way.
 #define FORWARD_ROWS 2   // of a state
 #define BACKWARD_ROWS 4
 
@@ -38,8 +84,8 @@ __device__ inline float4 *after_low(const Scan &scan, float4 *low) {
 __device__ inline void stage_matrices(const Scan &scan, const Place &place, int first, int count,
                                       float4 *states, int rows) {
     long long start = place.matrix + (long long)first * scan.length;
-    stage(scan.B + start, count, states, rows, scan, place);
-    stage(scan.C + start, count, states + TILE_ROW, rows, scan, place);
+    const MATRIX *matrices[2] = {scan.B + start, scan.C + start};
+    stage(matrices, count, states, rows, scan, place);
 }
 
 // Hidden from the compiler, so that it computes what depends on it anew instead of keeping it.
@@ -54,12 +100,15 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) forward(const Scan
     Self self;
     take_place(scan, false, place, self);
     float4 *low = low_of(scan, shared, FORWARD_ROWS);
-    Four<TOKENS> *slots = (Four<TOKENS> *)after_low(scan, low);
-    const float4 *tile = shared + self.lane;
+    float *scalar_slots = (float *)after_low(scan, low);
+    Four<TOKENS> *slots = (Four<TOKENS> *)(scalar_slots + SCALAR_SLOTS);
     int length = scan.length;
     Rows rows = rows_of(scan, place, self, 0);
     fetch_inputs(scan, place, self, rows, slots, slots + SLOTS);
-    Scalars scalars = scalars_of(scan, place, rows);
+    fetch_scalars(scan, place, rows, scalar_slots, 0);
+    if (scan.rank <= 2 * STAGE) stage_low(scan, place, 0, low);
+    stage_matrices(scan, place, 0, min(scan.states, STAGE), shared, FORWARD_ROWS);
+    __syncthreads();
 
     for (int pass = 0; pass < scan.passes; pass++) {
         Tokens dt, input, y;
@@ -72,31 +121,33 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) forward(const Scan
         float *way_out = scan.borders + border_of(scan, place, rows.row[0], 0, place.chunk);
         unsigned border = 0;
         if (PREFETCH) wait_for_copies();
+        Scalars scalars = take_scalars(scan, place, rows, scalar_slots, pass);
         EACH_ROW take_tokens(scan.u + place.shared + (long long)rows.row[r] * length, slots,
                              r, self.at, length, place.reversed, input[r]);
-        step_sizes(scan, place, self, rows, scalars, slots + SLOTS, low, pass == 0,
-                   dt);
+        step_sizes(scan, place, self, rows, scalars, slots + SLOTS, low, dt);
         EACH_ROW EACH_STEP y[r][i] = scalars.skip[r] * input[r][i];
         begin_rows(dt, input, span);
         sum_up(span, self.lane, span_up);
-        if (PREFETCH && pass + 1 < scan.passes)
-            fetch_inputs(scan, place, self, rows_of(scan, place, self, hidden(pass + 1)),
-                         slots, slots + SLOTS);
-        Scalars coming = scalars_of(scan, place, rows_of(scan, place, self, hidden(pass + 1)));
+        if (PREFETCH && pass + 1 < scan.passes) {
+            Rows next = rows_of(scan, place, self, hidden(pass + 1));
+            fetch_inputs(scan, place, self, next, slots, slots + SLOTS);
+            fetch_scalars(scan, place, next, scalar_slots, pass + 1);
+        }
         for (int first = 0; first < scan.states; first += STAGE) {
             int count = min(scan.states - first, STAGE);
             begin_rates(scan, place, rows, first, scalars);
-            if (pass == 0 || scan.states > STAGE) {
+            if (first > 0) {
                 __syncthreads();
                 stage_matrices(scan, place, first, count, shared, FORWARD_ROWS);
                 __syncthreads();
             }
+            const float4 *tile = shared + self.lane;
             for (int k = 0; k < count; k++) {
                 Tokens decay;
                 float b[STEPS], c[STEPS], rate[ROWS], whole[ROWS], end[ROWS];
                 float state[ROWS];
                 read_handed(entry, takes_over, border);
-                read_tile(tile + FORWARD_ROWS * k * TILE_ROW, b);
+                read_tile(tile, b);
                 EACH_ROW rate[r] = of_lane(scalars.rates[r], k);
                 walk(dt, input, rate, b, decay, end);
                 decay_over(span, rate, whole);
@@ -107,16 +158,16 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) forward(const Scan
                 float last = fmaf(whole[0], carry, end[0]);
                 if (hands_on) write_handed(way_out, __float_as_uint(last));
                 state[0] = from_lane_before(last, carry, self.lane);
-                entry += scan.channels, way_out += scan.channels;
-                read_tile(tile + (FORWARD_ROWS * k + 1) * TILE_ROW, c);
+                read_tile(tile + TILE_ROW, c);
                 add_outputs(decay, input, b, c, state, y);
+                entry += scan.channels, way_out += scan.channels;
+                tile += FORWARD_ROWS * TILE_ROW;
             }
         }
         rows = rows_of(scan, place, self, hidden(pass));
         EACH_ROW if (rows.is_there[r])
             store_tokens(scan.y + place.own + (long long)rows.row[r] * length, self.at, length,
                          place.reversed, y[r]);
-        scalars = coming;
     }
 }
 
@@ -139,7 +190,7 @@ __device__ inline void store_sums(const Scan &scan, const Place &place, int firs
 // what its lanes hand on if zero enters them, then what enters them, the last lane first where it
 // goes back. A line's last four numbers are spans, of lanes 4 * state to 4 * state + 3.
 __device__ inline float *line_of(float *lines, int row, int state, bool is_back) {
-    return lines + ((row * GROUP + state) * 2 + is_back) * LINE;
+    return lines + row * ROW_LINES + (state * 2 + is_back) * LINE;
 }
 
 __device__ inline void write_spans(float *lines, const float (&span)[ROWS], int lane) {
@@ -200,6 +251,17 @@ __device__ inline int next_warp(int warp) {
     return (warp % GROUP == 0 ? min(GROUP, ROW_WARPS) : warp % GROUP) - 1;
 }
 
+// B and C of states [first, first + count), and nothing yet in their sums.
+__device__ inline void begin_states(const Scan &scan, const Place &place, int first, int count,
+                                    float4 *states, int *turns) {
+    stage_matrices(scan, place, first, count, states, BACKWARD_ROWS);
+    for (int i = threadIdx.x; i < 2 * TILE_ROW * count; i += THREADS)
+        states[(i / (2 * TILE_ROW) * BACKWARD_ROWS + 2) * TILE_ROW + i % (2 * TILE_ROW)] =
+            make_float4(0.0f, 0.0f, 0.0f, 0.0f);
+    if (threadIdx.x < STAGE) turns[threadIdx.x] = first_warp(threadIdx.x);
+    __syncthreads();
+}
+
 extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) backward(const Scan scan) {
     DYNAMIC_SHARED(float4, shared);
     __shared__ Place place;
@@ -209,14 +271,17 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) backward(const Sca
     float4 *low = low_of(scan, shared, BACKWARD_ROWS);
     float *lines = (float *)after_low(scan, low);
     // u twice: it is needed once more at the end of a pass
-    Four<TOKENS> *u_slots = (Four<TOKENS> *)(lines + ROW_WARPS * LINES);
+    float *scalar_slots = lines + ROW_WARPS * LINES;
+    Four<TOKENS> *u_slots = (Four<TOKENS> *)(scalar_slots + SCALAR_SLOTS);
     Four<TOKENS> *grad_slots = u_slots + 2 * SLOTS, *delta_slots = grad_slots + SLOTS;
     lines += self.row_warp * LINES;
     int length = scan.length;
     Rows rows = rows_of(scan, place, self, 0);
     fetch_inputs(scan, place, self, rows, u_slots, delta_slots);
     fetch_gradients(scan, place, self, rows, grad_slots);
-    Scalars scalars = scalars_of(scan, place, rows);
+    fetch_scalars(scan, place, rows, scalar_slots, 0);
+    if (scan.rank <= 2 * STAGE) stage_low(scan, place, 0, low);
+    begin_states(scan, place, 0, min(scan.states, STAGE), shared, turns);
 
     for (int pass = 0; pass < scan.passes; pass++) {
         Tokens dt, input, dy;
@@ -225,6 +290,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) backward(const Sca
         const Four<TOKENS> *slots = u_slots + pass % 2 * SLOTS;
         rows = rows_of(scan, place, self, hidden(pass));
         if (PREFETCH) wait_for_copies();
+        Scalars scalars = take_scalars(scan, place, rows, scalar_slots, pass);
         EACH_ROW {
             long long start = (long long)rows.row[r] * length;
             take_tokens(scan.u + place.shared + start, slots, r, self.at, length,
@@ -233,30 +299,24 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) backward(const Sca
                         place.reversed, dy[r]);
             if (!rows.is_there[r]) EACH_STEP dy[r][i] = 0.0f;
         }
-        step_sizes(scan, place, self, rows, scalars, delta_slots, low, pass == 0, dt);
+        step_sizes(scan, place, self, rows, scalars, delta_slots, low, dt);
         begin_rows(dt, input, span);
         write_spans(lines, span, self.lane);
-        float chunk_span = sum_half(halve_lanes(span, self.lane));  // of the line's row
-        keep(chunk_span);
+        float chunk_span[1] = {halve_lanes(span, self.lane)};  // of the line's row
+        sum_halves(chunk_span);
+        keep(chunk_span[0]);
         if (PREFETCH && pass + 1 < scan.passes) {
             Rows next = rows_of(scan, place, self, hidden(pass + 1));
             fetch_inputs(scan, place, self, next, u_slots + (pass + 1) % 2 * SLOTS,
                          delta_slots);
             fetch_gradients(scan, place, self, next, grad_slots);
+            fetch_scalars(scan, place, next, scalar_slots, pass + 1);
         }
 
         for (int first = 0; first < scan.states; first += STAGE) {
             int count = min(scan.states - first, STAGE);
             begin_rates(scan, place, rows, first, scalars);
-            if (pass == 0 || scan.states > STAGE) {
-                __syncthreads();
-                stage_matrices(scan, place, first, count, shared, BACKWARD_ROWS);
-                for (int i = threadIdx.x; i < 2 * TILE_ROW * count; i += THREADS)
-                    shared[i / (2 * TILE_ROW) * BACKWARD_ROWS * TILE_ROW + 2 * TILE_ROW +
-                           i % (2 * TILE_ROW)] = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
-                if (threadIdx.x < STAGE) turns[threadIdx.x] = first_warp(threadIdx.x);
-                __syncthreads();
-            }
+            if (first > 0) begin_states(scan, place, first, count, shared, turns);
             for (int from = 0; from < count; from += GROUP) {
                 int group = min(count - from, GROUP);
                 // the line that this lane joins
@@ -296,7 +356,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) backward(const Sca
                 float end = follow_line<false>(line, decay, 0.0f);
                 wait_for(scan, entry, end, border);
                 float entering = __uint_as_float(border);
-                float last = fmaf(exp2_fast(line_rate * chunk_span), entering, end);
+                float last = fmaf(exp2_fast(line_rate * chunk_span[0]), entering, end);
                 if (is_back && has_line && place.chunk > 0)
                     write_handed((void *)(entry - border_step), __float_as_uint(last));
                 follow_line<true>(line, decay, entering);
@@ -340,15 +400,15 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) backward(const Sca
                     row_sums.at[first + from + member] = for_held(scan, sum, line_rate);
                 __syncwarp();
             }
-            if (pass + 1 == scan.passes || scan.states > STAGE) {
+            if (pass + 1 == scan.passes) {
                 __syncthreads();
                 store_sums(scan, place, first, count, shared);
+                if (scan.states > STAGE) __syncthreads();
             }
         }
-        Scalars coming = scalars_of(scan, place, rows_of(scan, place, self, hidden(pass + 1)));
         rows = rows_of(scan, place, self, hidden(pass));
         RowSums row_sums = row_sums_of(scan, place, self, rows);
-        finish_rows(scan, place, self, rows, scalars, slots, dt, dy, token_sums, row_sums);
-        scalars = coming;
+        finish_rows(scan, place, self, rows, take_scalars(scan, place, rows, scalar_slots, pass),
+                    slots, dt, dy, token_sums, row_sums);
     }
 }

@@ -73,6 +73,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) forward(const Scan
                     self.token_warp == TOKEN_WARPS - 1;
     Rows rows = rows_of(scan, place, self, 0);
     fetch_inputs(scan, place, self, rows, slots, slots + SLOTS);
+    if (scan.rank <= 2 * STAGE) stage_low(scan, place, 0, shared);
+    __syncthreads();
     Scalars scalars = scalars_of(scan, place, rows);
     float b[STEPS], c[STEPS];
     load_tokens(scan.B + place.matrix, self.at, length, place.reversed, b);
@@ -88,7 +90,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) forward(const Scan
         if (PREFETCH) wait_for_copies();
         take_tokens(scan.u + place.shared + (long long)rows.row[0] * length, slots, 0, self.at,
                     length, place.reversed, input[0]);
-        step_sizes(scan, place, self, rows, scalars, slots + SLOTS, shared, pass == 0, dt);
+        step_sizes(scan, place, self, rows, scalars, slots + SLOTS, shared, dt);
         EACH_STEP y[0][i] = scalars.skip[0] * input[0][i];
         begin_rows(dt, input, span);
         Rows coming = rows_of(scan, place, self, pass + 1);
@@ -164,6 +166,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) backward(const Sca
     Rows rows = rows_of(scan, place, self, 0);
     fetch_inputs(scan, place, self, rows, u_slots, delta_slots);
     fetch_gradients(scan, place, self, rows, grad_slots);
+    if (scan.rank <= 2 * STAGE) stage_low(scan, place, 0, shared);
+    __syncthreads();
     Scalars scalars = scalars_of(scan, place, rows);
     float b[STEPS], c[STEPS], for_b[STEPS] = {}, for_c[STEPS] = {};
     load_tokens(scan.B + place.matrix, self.at, length, place.reversed, b);
@@ -189,7 +193,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) backward(const Sca
         take_tokens(scan.grad_y + place.grad + start, grad_slots, 0, self.at, length,
                     place.reversed, dy[0]);
         if (!is_there) EACH_STEP dy[0][i] = 0.0f;
-        step_sizes(scan, place, self, rows, scalars, delta_slots, shared, pass == 0, dt);
+        step_sizes(scan, place, self, rows, scalars, delta_slots, shared, dt);
         begin_rows(dt, input, span);
         Rows coming = rows_of(scan, place, self, pass + 1);
         if (PREFETCH && pass + 1 < scan.passes) {
@@ -232,9 +236,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) backward(const Sca
         add_gradients(dt, input, dy, decay, rate, b, c, state, back, for_b, for_c,
                       token_sums, for_rate);
         RowSums row_sums = row_sums_of(scan, place, self, rows);
-        float sum = sum_half(halve_lanes(for_rate, self.lane));
-        if (row_sums.is_writer && self.lane % 16 == 0)
-            row_sums.at[0] = for_held(scan, sum, rate[0]);
+        float sum[1] = {halve_lanes(for_rate, self.lane)};
+        sum_halves(sum);
+        if (row_sums.is_writer && self.lane == 0) row_sums.at[0] = for_held(scan, sum[0], rate[0]);
         finish_rows(scan, place, self, rows, scalars, slots, dt, dy, token_sums, row_sums);
         rows = coming;
         scalars = next;

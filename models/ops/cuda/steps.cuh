@@ -130,10 +130,11 @@ __device__ inline void finish_rows(const Scan &scan, const Place &place, const S
                          place.reversed, sums.dt[r]);
         }
     }
-    float skip_sum = sum_half(halve_lanes(for_skip, self.lane));
-    float bias_sum = sum_half(halve_lanes(for_bias, self.lane));
+    float totals[2] = {halve_lanes(for_skip, self.lane), halve_lanes(for_bias, self.lane)};
+    sum_halves(totals);
     int n = self.lane % (LANES / 2);
-    if (row_sums.is_writer && n < 2) row_sums.at[scan.states + n] = n == 0 ? skip_sum : bias_sum;
+    if (row_sums.is_writer && n < 2)
+        row_sums.at[scan.states + n] = n == 0 ? totals[0] : totals[1];
 }
 
 // Where the block's sums for B and C go.
