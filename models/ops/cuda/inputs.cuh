@@ -50,7 +50,8 @@ __device__ inline void fetch_gradients(const Scan &scan, const Place &place, con
                           r, self.at, scan.length, place.reversed);
 }
 
-// dt of a warp's rows, given or made of the rows of dt_low in `tile`, 0 past the end and in rows that are not there: these change nothing.
+// dt of a warp's rows, given or made of the rows of dt_low in `tile`; 0 past the end and in rows
+// that are not there: these change nothing.
 __device__ inline void step_sizes(const Scan &scan, const Place &place, const Self &self,
                                   const Rows &rows, const Scalars &scalars,
                                   const Four<TOKENS> *slots, float4 *tile,

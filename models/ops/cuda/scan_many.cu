@@ -62,14 +62,9 @@ __device__ inline void begin_rates(const Scan &scan, const Place &place, const R
     EACH_ROW scalars.rates[r] = rate_of(scan, scalars.rates[r]);
 }
 
-#define GROUP 8            // states that a backward joins at once
-#define LINE (LANES + 4)   // a number of each lane, and four that keep banks apart
-#define ROW_LINES (2 * GROUP * LINE)  // all lines of a row
-#define LINES (ROWS * ROW_LINES)      // and of a warp
-
 // In shared memory: for each state its rows of B and C and, in a backward, of their gradients; rows
-// of dt_low; lines; scalars and tokens on their way.
-#define FORWARD_ROWS 2   // of a state
+// of dt_low; lines of a backward (below); scalars and tokens on their way.
+#define FORWARD_ROWS 2  // of a state
 #define BACKWARD_ROWS 4
 
 __device__ inline float4 *low_of(const Scan &scan, float4 *shared, int rows) {
@@ -186,9 +181,14 @@ __device__ inline void store_sums(const Scan &scan, const Place &place, int firs
     }
 }
 
-// In shared memory a warp of the backward has a line for each row, state of a group and direction:
-// what its lanes hand on if zero enters them, then what enters them, the last lane first where it
-// goes back. A line's last four numbers are spans, of lanes 4 * state to 4 * state + 3.
+#define GROUP 8           // states that a backward joins at once
+#define LINE (LANES + 4)  // a number of each lane, and four that keep banks apart
+#define ROW_LINES (2 * GROUP * LINE)  // all lines of a row
+#define LINES (ROWS * ROW_LINES)      // and of a warp
+
+// A line is for one row, one state of a group and one direction: what the lanes hand on if zero
+// enters them, then what enters them, the last lane first where it goes back. Its last four numbers
+// are spans, of lanes 4 * state to 4 * state + 3 in that order.
 __device__ inline float *line_of(float *lines, int row, int state, bool is_back) {
     return lines + row * ROW_LINES + (state * 2 + is_back) * LINE;
 }
@@ -212,8 +212,8 @@ __device__ inline void decays_of(const float *spans, float rate, Decays &decay) 
     }
 }
 
-// What leaves the last lane of a line if `entering` enters the first. With `fill` what enters each
-// lane takes the place of what leaves it if zero does.
+// What leaves the last lane of a line if `entering` enters the first. With `fill`, what enters each
+// lane takes the place of what it hands on if zero does.
 template <bool fill>
 __device__ inline float follow_line(float *line, const Decays &decay, float entering) {
 #pragma unroll
@@ -230,7 +230,7 @@ __device__ inline float follow_line(float *line, const Decays &decay, float ente
     return entering;
 }
 
-// A sum over a line by the two lanes that have it, `half` 0 and 1.
+// A sum over a line by two neighbouring lanes, each of one half.
 __device__ inline float sum_line(const float *line, int half) {
     float sum = 0.0f;
 #pragma unroll
@@ -241,9 +241,8 @@ __device__ inline float sum_line(const float *line, int half) {
     return sum + __shfl_xor_sync(ALL, sum, 1);
 }
 
-// Warps add to the block's sums of a state one after the other; who is next stands in turns[state].
-// Each begins its walk through a group at another state, as far as there are any, and comes to a
-// state in the order of its way there.
+// Warps add to the block's sums of a state one after the other, in the order in which they come to
+// it: each begins at another state, as far as there are any. Who is next stands in turns[state].
 __device__ inline int first_warp(int state) { return min(state % GROUP, ROW_WARPS - 1); }
 
 __device__ inline int next_warp(int warp) {
@@ -319,7 +318,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) backward(const Sca
             if (first > 0) begin_states(scan, place, first, count, shared, turns);
             for (int from = 0; from < count; from += GROUP) {
                 int group = min(count - from, GROUP);
-                // the line that this lane joins
+                // what enters the chunk, for the line that this lane will join; asked for early
                 int second = self.lane / 16, member = self.lane % 16 / 2, is_back = self.lane % 2;
                 int own = min(member, group - 1);
                 float *line = line_of(lines, second, member, is_back);
@@ -334,6 +333,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) backward(const Sca
                 float4 *tile = shared + from * BACKWARD_ROWS * TILE_ROW + self.lane;
                 unsigned border = 0;
                 read_handed(entry, has_line && takes_over, border);
+
+                // each lane's tokens, if zero enters them
                 for (int k = 0; k < group; k++) {
                     Tokens decay;
                     float b[STEPS], c[STEPS], rate[ROWS], end[ROWS], end_back[ROWS];
@@ -348,6 +349,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) backward(const Sca
                     }
                 }
                 __syncwarp();
+
+                // all lanes of a line, first alone, so that what goes on is not long in coming
                 float line_rates[ROWS];
                 EACH_ROW line_rates[r] = of_lane(scalars.rates[r], from + own);
                 float line_rate = second ? line_rates[ROWS - 1] : line_rates[0];
@@ -362,6 +365,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) backward(const Sca
                 follow_line<true>(line, decay, entering);
                 __syncwarp();
 
+                // each lane's tokens again, each warp beginning at another state
                 int k = self.row_warp % GROUP;
                 do {
                     if (k < group) {
@@ -393,6 +397,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) backward(const Sca
                     }
                     k = (k + 1) % GROUP;
                 } while (k != self.row_warp % GROUP);
+
+                // the gradient of the rate
                 float sum = sum_line(line - is_back * LINE, is_back);
                 RowSums row_sums =
                     row_sums_of(scan, place, self, rows_of(scan, place, self, hidden(pass)));

@@ -182,10 +182,12 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) backward(const Sca
         bool is_there = rows.is_there[0];
         const Four<TOKENS> *slots = u_slots + pass % 2 * SLOTS;
         const float *late = scan.grad_borders + border_of(scan, place, rows.row[0], 0, place.chunk);
-        float *way_out = scan.grad_borders + border_of(scan, place, rows.row[0], 0, place.chunk - 1);
+        float *way_out =
+            scan.grad_borders + border_of(scan, place, rows.row[0], 0, place.chunk - 1);
         unsigned border = look(late, place.chunk + 1 < scan.chunks && is_there);
-        unsigned inherited = look(scan.borders + border_of(scan, place, rows.row[0], 0, place.chunk - 1),
-                                  has_before && is_there);
+        unsigned inherited =
+            look(scan.borders + border_of(scan, place, rows.row[0], 0, place.chunk - 1),
+                 has_before && is_there);
         if (PREFETCH) wait_for_copies();
         long long start = (long long)rows.row[0] * length;
         take_tokens(scan.u + place.shared + start, slots, 0, self.at, length, place.reversed,
