@@ -25,6 +25,8 @@ alignas(16) static char shared_memory[1 << 18];
 struct Fiber { ucontext_t context; bool is_done; };
 static std::vector<Fiber> fibers;
 static bool was_missing;  // something that a block waits for
+static bool has_strayed;  // a write past the shared memory that was asked for
+enum { MISSING = 1, STRAYED = 2 };
 static ucontext_t scheduler;
 static std::vector<char> stacks;
 static const size_t STACK = 1 << 17;
@@ -130,7 +132,8 @@ static void run_thread() {
 static int launch(int blocks, int threads, size_t shared_bytes, unsigned seed,
                   std::function<void()> body) {
     kernel = body;
-    was_missing = shared_bytes > sizeof shared_memory;
+    was_missing = false;
+    has_strayed = shared_bytes > sizeof shared_memory;
     stacks.resize(STACK * threads);
     for (int block = 0; block < blocks; block++) {
         blockIdx.x = block;
@@ -158,8 +161,10 @@ static int launch(int blocks, int threads, size_t shared_bytes, unsigned seed,
                 swapcontext(&scheduler, &fibers[i].context);
             }
         }
+        for (size_t i = shared_bytes; i < sizeof shared_memory; i++)
+            has_strayed |= shared_memory[i] != (char)0xff;
     }
-    return was_missing;
+    return was_missing ? MISSING : has_strayed ? STRAYED : 0;
 }
 
 #include SOURCE

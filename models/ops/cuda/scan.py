@@ -253,30 +253,33 @@ def _arguments(name: str, scan: Scan, own: Tensor, borders: Tensor) -> _Argument
     )
 
 
+def _shared_memory(name: str, scan: Scan, layout: _Layout, stage: int) -> tuple[int, int]:
+    """Bytes that a block keeps in shared memory; bytes more for what is copied there ahead."""
+    is_backward = name == "backward"
+    arrays = 1 + 2 * is_backward + (scan.delta is not None)
+    copied = arrays * layout.rows * layout.steps * layout.threads * scan.u[0].itemsize
+    tile_rows = min(scan.rank, 2 * stage)  # of a chunk each
+    lines = 0
+    if layout.single:
+        tile_rows += 2 * (is_backward and layout.row_warps > 1)
+    else:
+        tile_rows += 2 * min(scan.states, stage) * (1 + is_backward)
+        lines = is_backward * layout.row_warps * layout.rows * 2 * 8 * 36  # LINES of a block
+        copied += 2 * layout.block_rows * 18 * 4  # SCALAR_SLOTS
+    return 4 * (layout.chunk * tile_rows + lines), copied
+
+
 def _launch(name: str, scan: Scan, arguments: _Arguments, others: tuple[Tensor, ...]) -> None:
     tensors = [*scan.u, scan.delta, scan.low, scan.B, scan.C, *others]
     is_aligned = arguments.length % 4 == 0 and all(
         x.data_ptr() % (4 * x.element_size()) == 0 for x in tensors if x is not None
     )
-    device, tokens = scan.A.device, scan.u[0].dtype
-    layout = _layout(name, scan)
-    stage, is_backward = _shared_plan(device)[0], name == "backward"
-    tile_rows = min(scan.rank, 2 * stage)  # of a chunk each
-    if not layout.single:
-        tile_rows += 2 * min(scan.states, stage) * (1 + is_backward)
-    elif is_backward and layout.row_warps > 1:
-        tile_rows += 2
-    tile_bytes = 4 * layout.chunk * tile_rows
-    if is_backward and not layout.single:
-        tile_bytes += layout.row_warps * layout.rows * 2 * 8 * 36 * 4  # LINES of scan_many.cu
-    arrays = 1 + 2 * is_backward + (scan.delta is not None)
-    slot_bytes = arrays * layout.rows * layout.steps * layout.threads * tokens.itemsize
-    if not layout.single:
-        slot_bytes += 2 * layout.block_rows * 18 * 4  # SCALAR_SLOTS of scan_many.cu
-    has_copies = is_aligned and library.copies_to_shared(device)
-    has_copies &= tile_bytes + slot_bytes <= library.shared_bytes(device)
+    layout, (stage, _) = _layout(name, scan), _shared_plan(scan.A.device)
+    kept, copied = _shared_memory(name, scan, layout, stage)
+    has_copies = is_aligned and library.copies_to_shared(scan.A.device)
+    has_copies &= kept + copied <= library.shared_bytes(scan.A.device)
     definitions = {
-        "TOKENS": library.TYPES[tokens],
+        "TOKENS": library.TYPES[scan.u[0].dtype],
         "MATRIX": library.TYPES[scan.B.dtype],
         **{name.upper(): value for name, value in layout._asdict().items() if name != "single"},
         "STAGE": stage,
@@ -290,7 +293,7 @@ def _launch(name: str, scan: Scan, arguments: _Arguments, others: tuple[Tensor, 
         name,
         arguments.blocks * arguments.groups * arguments.batch * arguments.chunks,
         layout.threads,
-        tile_bytes + has_copies * slot_bytes,
+        kept + has_copies * copied,
         arguments,
         scan.A,
     )
