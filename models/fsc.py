@@ -117,6 +117,8 @@ def phase_of(spectrum: Tensor) -> Tensor:
     all others. Below a hundredth of the mean magnitude of its map it grows no further.
     """
     phase = torch.sgn(spectrum)
+    if not phase.requires_grad:
+        return phase
     magnitude = spectrum.detach().abs()
     least = 0.01 * magnitude.mean((-2, -1), keepdim=True)
     share = magnitude / torch.maximum(magnitude, least).clamp_min(torch.finfo(least.dtype).tiny)
