@@ -138,7 +138,7 @@ def test_a_sum_that_cancels_does_not_blow_up_the_gradient():
 
 class TestPhase:
     def spectrum(self):
-        """Frequencies of which two nearly cancel; the last map is 0."""
+        """Frequencies of which one nearly cancels and one is 0, as is the whole last map."""
         spectrum = torch.randn(2, 3, 8, 7, dtype=torch.complex64)
         spectrum[0, 0, 2, 3] *= 1e-6
         spectrum[1, 0, 4, 1] = 0

@@ -110,16 +110,15 @@ static int read_flag(const int *flag) { return *(volatile const int *)flag; }
 static void write_flag(int *flag, int value) { *flag = value; }
 #define WHILE_WAITING yield()
 template <typename T> static void keep(T &) {}
-template <typename Word> static void read_handed(const void *at, bool is_read, Word &x) {
+static void read_handed(const void *at, bool is_read, unsigned &x) {
     if (!is_read) return;
     memcpy(&x, at, sizeof x);
-    for (size_t i = 0; i < sizeof x / 4; i++)
-        if ((unsigned)((unsigned long long)x >> 32 * i) == 0xffffffffu) {
-            was_missing = true;  // blocks run one after the other: it must be there
-            x = 0;
-        }
+    if (x == 0xffffffffu) {
+        was_missing = true;  // blocks run one after the other: it must be there
+        x = 0;
+    }
 }
-template <typename Word> static void write_handed(void *at, Word x) { memcpy(at, &x, sizeof x); }
+static void write_handed(void *at, unsigned x) { memcpy(at, &x, sizeof x); }
 #endif
 
 static std::function<void()> kernel;

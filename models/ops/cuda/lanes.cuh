@@ -32,8 +32,8 @@ __device__ inline void join_both(float (&decay)[ROWS], float (&end)[ROWS],
 }
 #endif
 
-// From what each lane hands on if zero enters it, and its decay, to what all lanes up to it do. What
-// becomes of the decays is of no use.
+// From what each lane hands on if zero enters it, and its decay, to what all lanes up to it do.
+// What becomes of the decays is of no use.
 __device__ inline void join_lanes(float (&decay)[ROWS], float (&end)[ROWS], int lane) {
     join_up<1>(decay, end);
     join_up<2>(decay, end);
@@ -100,8 +100,8 @@ __device__ inline float from_lane_after(float handed, float entering, int lane) 
     return lane == SEGMENT - 1 ? entering : handed;
 }
 
-// The beginning of sums over the lanes of a warp; what follows are sums over 16 lanes. Of two numbers
-// the sum of the first goes to lanes 0 to 15, that of the second to the others.
+// The beginning of sums over the lanes of a warp; what follows are sums over 16 lanes. Of two
+// numbers the sum of the first goes to lanes 0 to 15, that of the second to the others.
 __device__ inline float halve_lanes(const float (&value)[2], int lane) {
     bool is_upper = lane >= LANES / 2;
     float own = is_upper ? value[1] : value[0], other = is_upper ? value[0] : value[1];
@@ -131,8 +131,15 @@ __device__ inline void write_handed(void *at, unsigned x) {
 }
 #endif
 
-// Wait until what is at `at`, of which x was read, has been handed on. `after` is computed before the
-// first look at x: without it that look would be made as soon as x is asked for, and wait.
+// A state at a border; 0 where nothing is handed on.
+__device__ inline unsigned look(const float *at, bool is_there) {
+    unsigned border = 0;
+    read_handed(at, is_there, border);
+    return border;
+}
+
+// Wait until what is at `at`, of which x was read, has been handed on. `after` is computed before
+// the first look at x: without it that look would be made as soon as x is asked for, and wait.
 __device__ inline void wait_for(const Scan &scan, const void *at, float after, unsigned &x) {
     bool waits = (x | (__float_as_uint(after) & scan.zero)) == NOT_YET;
     while (waits) {

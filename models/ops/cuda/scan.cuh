@@ -117,8 +117,8 @@ __device__ inline Rows rows_of(const Scan &scan, const Place &place, const Self 
     return rows;
 }
 
-// Where the border after chunk `chunk` of a row's state lies. Borders are (batch, groups, chunks - 1,
-// states, channels).
+// Where the border after chunk `chunk` of a row's state lies. Borders are (batch, groups,
+// chunks - 1, states, channels).
 __device__ inline long long border_of(const Scan &scan, const Place &place, int row, int state,
                                       int chunk) {
     long long sequence = (long long)place.batch * scan.groups + place.group;

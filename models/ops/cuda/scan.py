@@ -126,15 +126,21 @@ def _layout(name: str, scan: Scan) -> _Layout:
         return _Layout(1, 32, 8, 1, token_warps, 4 // token_warps, 6 if name == "forward" else 4)
     if name == "forward":
         return _Layout(0, 16, 16, 1, 1, 8, 2)
-    return _Layout(0, 32, 8, 2, 1, _shared_plan(scan.A.device)[1], 1)
+    return _Layout(0, 32, 8, 2, 1, _plan(scan).row_warps, 1)
 
 
-def _shared_plan(device: torch.device) -> tuple[int, int]:
-    """States of B and C that shared memory holds at a time; warps of a backward of many states."""
-    available = library.shared_bytes(device)
+class _Plan(NamedTuple):
+    """What fits into shared memory."""
+
+    stage: int  # states of B and C at a time
+    row_warps: int  # of a backward of many states
+
+
+def _plan(scan: Scan) -> _Plan:
+    available = library.shared_bytes(scan.A.device)
     if available >= 200_000:
-        return 16, 12
-    return (8, 8) if available >= 98_000 else (4, 4)
+        return _Plan(16, 12)
+    return _Plan(8, 8) if available >= 98_000 else _Plan(4, 4)
 
 
 def count_borders(
@@ -213,7 +219,7 @@ def _arguments(name: str, scan: Scan, own: Tensor, borders: Tensor) -> _Argument
     if layout.single:
         passes = 8 if name == "forward" else 16
     else:
-        passes = 4 if scan.states <= _shared_plan(scan.A.device)[0] else 1
+        passes = 4 if scan.states <= _plan(scan).stage else 1
     while passes > 1 and (
         batch * groups * chunks * math.ceil(channels / (layout.block_rows * passes))
         < _ENOUGH_BLOCKS[name]
@@ -274,7 +280,7 @@ def _launch(name: str, scan: Scan, arguments: _Arguments, others: tuple[Tensor, 
     is_aligned = arguments.length % 4 == 0 and all(
         x.data_ptr() % (4 * x.element_size()) == 0 for x in tensors if x is not None
     )
-    layout, (stage, _) = _layout(name, scan), _shared_plan(scan.A.device)
+    layout, stage = _layout(name, scan), _plan(scan).stage
     kept, copied = _shared_memory(name, scan, layout, stage)
     has_copies = is_aligned and library.copies_to_shared(scan.A.device)
     has_copies &= kept + copied <= library.shared_bytes(scan.A.device)

@@ -331,8 +331,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) backward(const Sca
                                      border_of(scan, place, second ? at.row[ROWS - 1] : at.row[0],
                                                first + from + own, place.chunk);
                 float4 *tile = shared + from * BACKWARD_ROWS * TILE_ROW + self.lane;
-                unsigned border = 0;
-                read_handed(entry, has_line && takes_over, border);
+                unsigned border = look(entry, has_line && takes_over);
 
                 // each lane's tokens, if zero enters them
                 for (int k = 0; k < group; k++) {

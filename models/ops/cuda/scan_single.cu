@@ -5,13 +5,6 @@
 
 #include "steps.cuh"
 
-// A state at a border; 0 where nothing is handed on.
-__device__ inline unsigned look(const float *at, bool is_there) {
-    unsigned border = 0;
-    read_handed(at, is_there, border);
-    return border;
-}
-
 // What the warps of a block hand to one another along the tokens; two sets, used in turn.
 struct Totals {
     float decay, end, back;

@@ -16,9 +16,9 @@ __device__ inline void walk(const Tokens &dt, const Tokens &input, const float (
     }
 }
 
-// The decay over a lane, or over the lanes up to each, or from each on, of which `spans` are the sums
-// of dt. Over lanes it is not the product of theirs: where decays are near 1 its rounding would grow
-// from chunk to chunk.
+// The decay over a lane, or over the lanes up to each, or from each on, of which `spans` are the
+// sums of dt. Over lanes it is not the product of theirs: where decays are near 1 its rounding
+// would grow from chunk to chunk.
 __device__ inline void decay_over(const float (&spans)[ROWS], const float (&rate)[ROWS],
                                   float (&whole)[ROWS]) {
     EACH_ROW whole[r] = exp2_fast(spans[r] * rate[r]);
