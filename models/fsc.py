@@ -13,6 +13,7 @@ from models.layers import (
     pad_to_multiple,
 )
 from models.ops.haar import haar_dwt2, haar_idwt2
+from models.ops.padding import crop
 from models.ss2d import SS2D
 
 
@@ -43,10 +44,9 @@ class WaveletBranch(nn.Module):
         self.ss2d = SS2D(channels, d_state=d_state, expand=expand, scan="window")
 
     def forward(self, x: Tensor) -> Tensor:
-        height, width = x.shape[-2:]
         bands = tile_bands(*haar_dwt2(pad_to_multiple(self.embed(x), 4, 4)))
         bands = self.scale(bands) + self.ss2d(self.norm(bands))
-        return haar_idwt2(*untile_bands(bands))[..., :height, :width]
+        return crop(haar_idwt2(*untile_bands(bands)), x.shape[-2:])
 
 
 class SpatialBranch(nn.Module):

@@ -11,6 +11,7 @@ from models.layers import (
     shuffle_channels,
 )
 from models.mamba import BidirectionalMamba
+from models.ops.padding import crop
 from models.text_prior import TextPrior
 
 
@@ -142,10 +143,9 @@ class RegionModalInteraction(nn.Module):
 
     def _attend(self, attention: nn.Module, x: Tensor) -> Tensor:
         """A modality's attention inside each region, put back to the map's own size."""
-        height, width = x.shape[-2:]
         per_side = self.regions_per_side
         regions = split_regions(pad_to_multiple(x, per_side, per_side), per_side)
-        return merge_regions(attention(regions), per_side)[..., :height, :width]
+        return crop(merge_regions(attention(regions), per_side), x.shape[-2:])
 
     def _spread(self, gate: Tensor, like: Tensor) -> Tensor:
         """(B, 1, P, P) -> (B, 1, H, W): every pixel gets its region's gate."""
@@ -153,7 +153,7 @@ class RegionModalInteraction(nn.Module):
         per_side = self.regions_per_side
         region_h, region_w = -(-height // per_side), -(-width // per_side)
         spread = gate.repeat_interleave(region_h, dim=2).repeat_interleave(region_w, dim=3)
-        return spread[..., :height, :width]
+        return crop(spread, like.shape[-2:])
 
 
 class HybridAttention(nn.Module):

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from models.layers import LayerNorm2d, Linear2d, Recomputed
+from models.ops.mamba_path import gate
 from models.ops.ss2d_scan import ss2d_scan
 
 
@@ -62,7 +63,9 @@ class SS2D(Recomputed):
             backend=self.scan_backend,
         )
         y = self.out_norm(y)
-        return self.out_proj(y if z is None else y * F.silu(z))
+        if z is not None:
+            y = gate(y.flatten(2), None, z.flatten(2)).view_as(y)
+        return self.out_proj(y)
 
 
 def initial_A_log(channels: int, d_state: int) -> Tensor:

@@ -9,7 +9,7 @@ HL the other way round.
 import torch
 from torch import Tensor
 
-from models.ops.padding import replicate_pad
+from models.ops.padding import crop, replicate_pad
 
 
 def haar_dwt2(x: Tensor, levels: int = 2) -> tuple[Tensor, list[Tensor]]:
@@ -45,9 +45,8 @@ def haar_idwt2(low: Tensor, highs: list[Tensor]) -> Tensor:
     map was padded, the caller crops the last row or column.
     """
     for high in reversed(highs):
-        height, width = high.shape[-2:]
         lh, hl, hh = (0.5 * high).unbind(2)
-        ll = 0.5 * low[..., :height, :width]
+        ll = 0.5 * crop(low, high.shape[-2:])
         left, right = (ll + hl, lh + hh), (ll - hl, lh - hh)  # sum and difference of the rows
         upper = torch.stack([left[0] + left[1], right[0] + right[1]], dim=-1)
         lower = torch.stack([left[0] - left[1], right[0] - right[1]], dim=-1)

@@ -1,4 +1,4 @@
-"""Maps with their borders repeated outward."""
+"""Maps with their borders repeated outward, and without them."""
 
 import torch
 import torch.nn.functional as F
@@ -13,6 +13,14 @@ def replicate_pad(x: Tensor, left: int, right: int, top: int, bottom: int) -> Te
     if not (left or right or top or bottom):
         return x
     return _ReplicatePad.apply(x, left, right, top, bottom)
+
+
+def crop(x: Tensor, hw: tuple[int, int]) -> Tensor:
+    """The top left (H, W) of a map; x itself where that is all of it.
+
+    Even of a whole map a slice's gradient would be filled with zeros first, then copied.
+    """
+    return x if x.shape[-2:] == hw else x[..., : hw[0], : hw[1]]
 
 
 class _ReplicatePad(torch.autograd.Function):

@@ -50,6 +50,7 @@ CASES = [
     (norms._norm_gradient_kernel, {"CHANNELS": 32, "PIXELS": 16}),
     (paths._conv_kernel, {"WIDTH": 4, "FLIP": True, "ROWS": 4, "TOKENS": 128}),
     (paths._conv_gradient_kernel, {"WIDTH": 4, "FLIP": True, "ROWS": 4, "TOKENS": 128}),
+    (paths._conv_input_gradient_kernel, {"WIDTH": 4, "FLIP": True, "ROWS": 4, "TOKENS": 128}),
     (paths._gate_kernel, {"ROWS": 4, "TOKENS": 128}),
     (paths._gate_gradient_kernel, {"ROWS": 4, "TOKENS": 128}),
 ]

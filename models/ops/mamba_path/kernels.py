@@ -86,7 +86,7 @@ def _conv_gradient_kernel(
     x,
     weight,
     bias,
-    grad_x,
+    gradient,
     parts,
     length,
     channels,
@@ -96,36 +96,54 @@ def _conv_gradient_kernel(
     ROWS: tl.constexpr,
     TOKENS: tl.constexpr,
 ):
-    """grad_x, and parts (batch, D, token blocks, WIDTH + 1) of the gradients of weight and bias.
+    """The gradient of what SiLU was taken of, and of weight and bias.
 
-    A token meets the gradients of the WIDTH outputs from its own on: each is made anew.
+    gradient (batch, D, L) in the order of y; parts (batch, D, token blocks, WIDTH + 1).
     """
     channel, token, inside = _place(channels, length, ROWS, TOKENS)
     image = tl.program_id(2).to(tl.int64)
     rows = image * stride + channel.to(tl.int64) * length
     valid = channel < channels
     own_rows = (image * channels + channel) * length
-    out = tl.zeros([ROWS, TOKENS], tl.float32)
+    before = _convolved(x, weight, bias, rows, channel, token, length, valid, WIDTH, FLIP)
+    out = _take(grad_y, own_rows, token, length, valid, False)
+    out *= _silu_slope(before, _sigmoid(before))
+    at = own_rows[:, None] + token[None, :]
+    tl.store(gradient + at, out.to(gradient.dtype.element_ty), mask=inside)
     part = parts + ((image * channels + channel) * tl.num_programs(0) + tl.program_id(0)) * (
         WIDTH + 1
     )
+    tl.store(part + WIDTH, tl.sum(out, 1), mask=valid)
+    for k in tl.static_range(WIDTH):
+        tap = _take(x, rows, token - (WIDTH - 1 - k), length, valid, FLIP)
+        tl.store(part + k, tl.sum(out * tap, 1), mask=valid)
+
+
+@triton.jit(do_not_specialize=SIZES)
+def _conv_input_gradient_kernel(
+    gradient,
+    weight,
+    grad_x,
+    length,
+    channels,
+    WIDTH: tl.constexpr,
+    FLIP: tl.constexpr,
+    ROWS: tl.constexpr,
+    TOKENS: tl.constexpr,
+):
+    """grad_x, in the order of x: a token met the WIDTH outputs from its own on."""
+    channel, token, inside = _place(channels, length, ROWS, TOKENS)
+    valid = channel < channels
+    rows = (tl.program_id(2).to(tl.int64) * channels + channel) * length
+    out = tl.zeros([ROWS, TOKENS], tl.float32)
     for ahead in tl.static_range(WIDTH):
-        before = _convolved(
-            x, weight, bias, rows, channel, token + ahead, length, valid, WIDTH, FLIP
-        )
-        slope = _silu_slope(before, _sigmoid(before))
-        gradient = _take(grad_y, own_rows, token + ahead, length, valid, False) * slope
         w = tl.load(weight + channel * WIDTH + WIDTH - 1 - ahead, mask=valid, other=0.0)
-        out += w.to(tl.float32)[:, None] * gradient
-        if ahead == 0:
-            tl.store(part + WIDTH, tl.sum(gradient, 1), mask=valid)
-            for k in tl.static_range(WIDTH):
-                tap = _take(x, rows, token - (WIDTH - 1 - k), length, valid, FLIP)
-                tl.store(part + k, tl.sum(gradient * tap, 1), mask=valid)
+        after = _take(gradient, rows, token + ahead, length, valid, False)
+        out += w.to(tl.float32)[:, None] * after
     at = token
     if FLIP:
         at = length - 1 - token
-    tl.store(grad_x + own_rows[:, None] + at[None, :], out.to(grad_x.dtype.element_ty), mask=inside)
+    tl.store(grad_x + rows[:, None] + at[None, :], out.to(grad_x.dtype.element_ty), mask=inside)
 
 
 @triton.jit

@@ -13,6 +13,7 @@ from torch import Tensor
 from models.ops.layout import contiguous
 from models.ops.mamba_path.kernels import (
     _conv_gradient_kernel,
+    _conv_input_gradient_kernel,
     _conv_kernel,
     _gate_gradient_kernel,
     _gate_kernel,
@@ -79,26 +80,18 @@ def _conv_backward(
     """Gradients of x, weight and bias."""
     x, stride = _with_rows(x)
     grad_y, weight, bias = grad_y.contiguous(), weight.contiguous(), bias.contiguous()
-    grad_x = x.new_empty(x.shape)
+    gradient, grad_x = (x.new_empty(x.shape) for _ in range(2))
     blocks, _, batch = grid = _grid(x)
     width = weight.shape[1]
+    cut = {"WIDTH": width, "FLIP": flip, "ROWS": _TILE.rows, "TOKENS": _TILE.tokens}
     parts = x.new_empty((batch, x.shape[1], blocks, width + 1), dtype=torch.float32)
     if x.numel():
         with on_device(x):
             _conv_gradient_kernel[grid](
-                grad_y,
-                x,
-                weight,
-                bias,
-                grad_x,
-                parts,
-                x.shape[2],
-                x.shape[1],
-                stride,
-                WIDTH=width,
-                FLIP=flip,
-                ROWS=_TILE.rows,
-                TOKENS=_TILE.tokens,
+                grad_y, x, weight, bias, gradient, parts, x.shape[2], x.shape[1], stride, **cut
+            )
+            _conv_input_gradient_kernel[grid](
+                gradient, weight, grad_x, x.shape[2], x.shape[1], **cut
             )
     for_weight, for_bias = parts.sum((0, 2)).split([width, 1], dim=1)
     return grad_x, for_weight.to(weight.dtype, copy=True), for_bias[:, 0].to(bias.dtype, copy=True)
