@@ -35,10 +35,28 @@ class Recomputed(nn.Module):
 
 
 class LayerNorm2d(nn.LayerNorm):
-    """LayerNorm over the channels of a (B, C, H, W) map, eps 1e-5 (VMamba's channel-first norm)."""
+    """LayerNorm over the channels of a (B, C, H, W) map, eps 1e-5 (VMamba's channel-first norm).
+
+    Under autocast the result is rounded for the convolution that comes next; not so with `is_wide`,
+    where a residual stream begins, in which roundings would add up.
+    """
+
+    def __init__(self, channels: int, *, is_wide: bool = False) -> None:
+        super().__init__(channels)
+        self.is_wide = is_wide
 
     def forward(self, x: Tensor) -> Tensor:
-        return channel_norm(x, self.weight, self.bias, self.eps)
+        return channel_norm(x, self.weight, self.bias, self.eps, is_wide=self.is_wide)
+
+
+class RMSNorm2d(nn.RMSNorm):
+    """RMSNorm over the channels of a (B, C, H, W) map, eps 1e-5; rounded like LayerNorm2d."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__(channels, eps=1e-5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return channel_norm(x, self.weight, None, self.eps)
 
 
 class Linear2d(nn.Linear):

@@ -6,7 +6,7 @@ from torch import Tensor, nn
 from models.layers import (
     LayerNorm2d,
     Recomputed,
-    at_least_float32,
+    RMSNorm2d,
     pad_to_multiple,
     shuffle_channels,
 )
@@ -69,13 +69,12 @@ class ShuffleMambaBlock(nn.Module):
     def __init__(self, channels: int, *, d_state: int) -> None:
         super().__init__()
         self.norm = LayerNorm2d(channels)
-        self.mixer_norm = nn.RMSNorm(channels, eps=1e-5)
+        self.mixer_norm = RMSNorm2d(channels)
         self.mixer = BidirectionalMamba(channels, d_state=d_state)
 
     def forward(self, x: Tensor) -> Tensor:
         x = shuffle_channels(x, 2)
-        tokens = at_least_float32(self.norm(x).flatten(2).transpose(1, 2))  # (B, L, C)
-        tokens = self.mixer_norm(tokens).transpose(1, 2)  # (B, C, L)
+        tokens = self.mixer_norm(self.norm(x)).flatten(2)  # (B, C, L)
         return x + self.mixer(tokens).view_as(x)
 
 

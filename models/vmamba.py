@@ -114,7 +114,7 @@ def _patch_embed(width: int) -> nn.Sequential:
                 ("2", LayerNorm2d(width // 2)),
                 ("4", nn.GELU()),
                 ("5", nn.Conv2d(width // 2, width, 3, stride=2, padding=1)),
-                ("7", LayerNorm2d(width)),
+                ("7", LayerNorm2d(width, is_wide=True)),
             ]
         )
     )
@@ -125,7 +125,7 @@ def _downsample(width: int, next_width: int) -> nn.Sequential:
         OrderedDict(
             [
                 ("1", nn.Conv2d(width, next_width, 3, stride=2, padding=1)),
-                ("3", LayerNorm2d(next_width)),
+                ("3", LayerNorm2d(next_width, is_wide=True)),
             ]
         )
     )

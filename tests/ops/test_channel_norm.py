@@ -20,12 +20,12 @@ SMALL = [(1, 7, 1, 1), (1, 5, 3, 7), (3, 8, 5, 5), (2, 33, 2, 9)]
 LARGE = [(1, 96, 120, 160), (3, 192, 17, 23), (2, 384, 30, 40), (4, 768, 15, 20), (1, 2048, 9, 7)]
 
 
-def make_inputs(shape, dtype=torch.float32, device="cpu"):
+def make_inputs(shape, dtype=torch.float32, device="cpu", has_bias=True):
     """x with a mean far from 0, weight and bias."""
     generator = torch.Generator().manual_seed(sum(shape))
     x = 3 + torch.randn(shape, generator=generator)
     weight, bias = 1 + torch.randn(2, shape[1], generator=generator)
-    return [x.to(device, dtype), weight.to(device), bias.to(device)]
+    return [x.to(device, dtype), weight.to(device), bias.to(device) if has_bias else None]
 
 
 def run(inputs, backend):
@@ -33,20 +33,22 @@ def run(inputs, backend):
 
     It is random: were its sum over the pixels near zero, the bias's gradient would be all rounding.
     """
-    leaves = [x.detach().requires_grad_() for x in inputs]
-    y = channel_norm(*leaves, EPS, backend=backend)
+    arguments = [None if x is None else x.detach().requires_grad_() for x in inputs]
+    leaves = [x for x in arguments if x is not None]
+    y = channel_norm(*arguments, EPS, backend=backend)
     weight = torch.randn(y.shape, generator=torch.Generator().manual_seed(1)).bfloat16().to(y)
     return [y.detach(), *torch.autograd.grad(y, leaves, weight)]
 
 
 def assert_same(inputs, tolerance):
-    expected = run([x.double() for x in inputs], "reference")
+    expected = run([None if x is None else x.double() for x in inputs], "reference")
     torch.use_deterministic_algorithms(True)  # so that torch.empty is filled with NaN
     try:
         ours = run(inputs, "triton")
     finally:
         torch.use_deterministic_algorithms(False)
-    for name, result, goal in zip(("y", "x", "weight", "bias"), ours, expected, strict=True):
+    names = ("y", "x", "weight", "bias")[: len(ours)]
+    for name, result, goal in zip(names, ours, expected, strict=True):
         assert result.isfinite().all(), name
         error = (result.double() - goal).norm() / goal.norm().clamp_min(1e-12)
         assert error < tolerance, f"{name}: relative error {error:.2e}"
@@ -57,12 +59,34 @@ def test_reference_is_the_definition():
     variance, mean = torch.var_mean(x, dim=1, correction=0, keepdim=True)
     expected = (x - mean) / torch.sqrt(variance + EPS) * weight.view(-1, 1, 1) + bias.view(-1, 1, 1)
     torch.testing.assert_close(channel_norm(x, weight, bias, EPS), expected)
+    size = x.square().mean(1, keepdim=True)
+    expected = x / torch.sqrt(size + EPS) * weight.view(-1, 1, 1)
+    torch.testing.assert_close(channel_norm(x, weight, None, EPS), expected)
+
+
+def assert_autocast(backend):
+    """In its dtype, rounded from float32 once; float32 where a residual stream begins."""
+    x, weight, bias = make_inputs((1, 4, 2, 3))
+    exact = channel_norm(x, weight, bias, EPS)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        y = channel_norm(x, weight, bias, EPS, backend=backend)
+        wide = channel_norm(x.bfloat16(), weight, bias, EPS, is_wide=True, backend=backend)
+        double = channel_norm(x.double(), weight.double(), bias.double(), EPS)
+    torch.testing.assert_close(y, exact.bfloat16(), rtol=2**-7, atol=0)
+    torch.testing.assert_close(wide, channel_norm(x.bfloat16().float(), weight, bias, EPS))
+    assert double.dtype == torch.float64
+
+
+def test_autocast():
+    assert_autocast("reference")
 
 
 def test_wrong_arguments_are_named():
     x, weight, bias = make_inputs((2, 5, 3, 4))
-    with pytest.raises(ValueError, match=r"got \(2, 5, 3, 4\), \(4,\), \(5,\)"):
+    with pytest.raises(ValueError, match=r"got \(2, 5, 3, 4\) and \(4,\), \(5,\)"):
         channel_norm(x, weight[:4], bias, EPS)
+    with pytest.raises(ValueError, match=r"got \(2, 5, 3, 4\) and \(4,\)"):
+        channel_norm(x, weight[:4], None, EPS)
     with pytest.raises(ValueError, match="unknown channel_norm backend 'cudnn'"):
         channel_norm(x, weight, bias, EPS, backend="cudnn")
 
@@ -81,15 +105,17 @@ def test_kernels_in_the_interpreter():
 
 
 @interpreted
+@pytest.mark.parametrize("has_bias", [True, False], ids=["layer", "rms"])
 @pytest.mark.parametrize("shape", SMALL, ids=str)
-def test_interpreted_equals_reference(shape):
-    assert_same(make_inputs(shape), TOLERANCE[torch.float32])
+def test_interpreted_equals_reference(shape, has_bias):
+    assert_same(make_inputs(shape, has_bias=has_bias), TOLERANCE[torch.float32])
 
 
 @interpreted
+@pytest.mark.parametrize("has_bias", [True, False], ids=["layer", "rms"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-def test_interpreted_half_precision(dtype):
-    assert_same(make_inputs((2, 5, 3, 7), dtype), TOLERANCE[dtype])
+def test_interpreted_half_precision(dtype, has_bias):
+    assert_same(make_inputs((2, 5, 3, 7), dtype, has_bias=has_bias), TOLERANCE[dtype])
 
 
 @interpreted
@@ -104,12 +130,8 @@ def test_interpreted_empty_batch():
 
 
 @interpreted
-def test_interpreted_autocast_gives_float32():
-    x, weight, bias = make_inputs((1, 4, 2, 3), torch.bfloat16)
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        y = channel_norm(x, weight, bias, EPS, backend="triton")
-    assert y.dtype == torch.float32
-    torch.testing.assert_close(y, channel_norm(x.float(), weight, bias, EPS))
+def test_interpreted_autocast():
+    assert_autocast("triton")
 
 
 @interpreted
@@ -120,16 +142,19 @@ def test_interpreted_operators_are_well_registered():
     torch.library.opcheck(module._forward, (x, weight, bias, EPS, torch.float32))
     _, *kept = (t.detach() for t in module._forward(x, weight, bias, EPS, torch.float32))
     grad_y = torch.randn(x.shape)
-    torch.library.opcheck(module._backward, (grad_y, x.detach(), weight.detach(), *kept))
+    for is_centered in (True, False):
+        inputs = (grad_y, x.detach(), weight.detach(), *kept, is_centered)
+        torch.library.opcheck(module._backward, inputs)
 
 
 class TestOnGPU:
     pytestmark = on_gpu
 
+    @pytest.mark.parametrize("has_bias", [True, False], ids=["layer", "rms"])
     @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
     @pytest.mark.parametrize("shape", LARGE, ids=str)
-    def test_equals_reference(self, shape, dtype):
-        assert_same(make_inputs(shape, dtype, "cuda"), TOLERANCE[dtype])
+    def test_equals_reference(self, shape, dtype, has_bias):
+        assert_same(make_inputs(shape, dtype, "cuda", has_bias), TOLERANCE[dtype])
 
     def test_auto_keeps_channels_first(self):
         y = channel_norm(*make_inputs((2, 96, 30, 40), device="cuda"), EPS)

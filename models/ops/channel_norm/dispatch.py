@@ -8,31 +8,46 @@ from models.ops.triton_support import has_triton
 
 
 def channel_norm(
-    x: Tensor, weight: Tensor, bias: Tensor, eps: float, *, backend: str = "auto"
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    eps: float,
+    *,
+    is_wide: bool = False,
+    backend: str = "auto",
 ) -> Tensor:
     """(x - mean) / sqrt(variance + eps) · weight + bias, over the channels of each pixel.
 
+    Without a bias nothing is subtracted either: x / sqrt(mean of x² + eps) · weight (RMSNorm).
+
     Args:
         x: (B, C, H, W).
-        weight, bias: (C,).
+        weight: (C,); bias: (C,) or None.
+        is_wide: under autocast, give float32 as F.layer_norm does.
         backend: "reference", "triton", or "auto": triton on a GPU, unless x is float64.
     Returns:
-        (B, C, H, W) in x's dtype; float32 where autocast is on, as F.layer_norm.
+        (B, C, H, W) in x's dtype, or that of autocast where it is on: a convolution comes next,
+        which would round in a pass of its own. Inside it is float32.
     Raises:
         ValueError: an unknown backend, or shapes that do not fit.
     """
-    if x.dim() != 4 or weight.shape != x.shape[1:2] or bias.shape != x.shape[1:2]:
+    vectors = [v for v in (weight, bias) if v is not None]
+    if x.dim() != 4 or any(v.shape != x.shape[1:2] for v in vectors):
         raise ValueError(
-            f"channel_norm takes (B, C, H, W) and two vectors (C,), got {tuple(x.shape)}, "
-            f"{tuple(weight.shape)}, {tuple(bias.shape)}"
+            f"channel_norm takes (B, C, H, W) and vectors (C,), got {tuple(x.shape)} and "
+            f"{', '.join(str(tuple(v.shape)) for v in vectors)}"
         )
+    dtype = x.dtype
+    if torch.is_autocast_enabled(x.device.type) and dtype != torch.float64:
+        dtype = torch.float32 if is_wide else torch.get_autocast_dtype(x.device.type)
     if backend == "auto":
         is_fast = x.is_cuda and x.dtype != torch.float64 and has_triton()
         backend = "triton" if is_fast else "reference"
     if backend == "reference":
-        return channel_norm_reference(x, weight, bias, eps)
+        wide = x.to(torch.promote_types(x.dtype, dtype))
+        return channel_norm_reference(wide, weight, bias, eps).to(dtype)
     if backend == "triton":
         from models.ops.channel_norm.triton import channel_norm_triton
 
-        return channel_norm_triton(x, weight, bias, eps)
+        return channel_norm_triton(x, weight, bias, eps, dtype)
     raise ValueError(f"unknown channel_norm backend '{backend}'; known: auto, reference, triton")

@@ -1,4 +1,4 @@
-"""Triton kernels of layer normalisation over channels that stay first in memory.
+"""Triton kernels of layer and RMS normalisation over channels that stay first in memory.
 
 A program holds all channels of PIXELS pixels; x, y (B, C, length), mean and rstd (B, length).
 """
@@ -39,12 +39,15 @@ def _norm_kernel(
     channel = tl.arange(0, CHANNELS)
     is_channel = channel < channels
     value = tl.load(x + at, mask=inside, other=0.0).to(tl.float32)
-    center = tl.sum(value, 0) / channels
-    value = tl.where(is_channel[:, None], value - center[None, :], 0.0)
+    center = tl.zeros([PIXELS], tl.float32)
+    if bias is not None:
+        center = tl.sum(value, 0) / channels
+        value = tl.where(is_channel[:, None], value - center[None, :], 0.0)
     scale = 1 / tl.sqrt(tl.sum(value * value, 0) / channels + eps)
     w = tl.load(weight + channel, mask=is_channel, other=0.0).to(tl.float32)
-    b = tl.load(bias + channel, mask=is_channel, other=0.0).to(tl.float32)
-    out = value * scale[None, :] * w[:, None] + b[:, None]
+    out = value * scale[None, :] * w[:, None]
+    if bias is not None:
+        out += tl.load(bias + channel, mask=is_channel, other=0.0).to(tl.float32)[:, None]
     tl.store(y + at, out.to(y.dtype.element_ty), mask=inside)
     tl.store(mean + pixel, center, mask=is_pixel)
     tl.store(rstd + pixel, scale, mask=is_pixel)
@@ -62,6 +65,7 @@ def _norm_gradient_kernel(
     length,
     channels,
     rounds,
+    CENTERED: tl.constexpr,
     CHANNELS: tl.constexpr,
     PIXELS: tl.constexpr,
 ):
@@ -85,8 +89,11 @@ def _norm_gradient_kernel(
         for_bias += tl.sum(dy, 1)
         dy *= w[:, None]
         along = tl.sum(dy * value, 0) / channels
-        dy = (dy - (tl.sum(dy, 0) / channels)[None, :] - value * along[None, :]) * scale[None, :]
-        tl.store(grad_x + at, dy.to(grad_x.dtype.element_ty), mask=inside)
+        for_x = dy - value * along[None, :]
+        if CENTERED:
+            for_x -= (tl.sum(dy, 0) / channels)[None, :]
+        for_x *= scale[None, :]
+        tl.store(grad_x + at, for_x.to(grad_x.dtype.element_ty), mask=inside)
     part = (image * tl.num_programs(0) + tl.program_id(0)).to(tl.int64) * 2 * channels
     tl.store(parts + part + channel, for_weight, mask=is_channel)
     tl.store(parts + part + channels + channel, for_bias, mask=is_channel)

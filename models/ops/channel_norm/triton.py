@@ -1,4 +1,4 @@
-"""Layer normalisation over channels on GPU: one pass over a map that stays channel-first.
+"""Layer and RMS normalisation over channels on GPU: one pass over a map that stays channel-first.
 
 PyTorch's own wants channels last: the map would be copied there, and what follows would have to
 take it so or copy it back. Deterministic: no atomics.
@@ -17,20 +17,21 @@ _ELEMENTS = 64 if INTERPRETED else 4096  # of a tile, where the channels leave t
 _PROGRAMS = 4 if INTERPRETED else 528  # of the gradient, each with tiles of its own
 
 
-def channel_norm_triton(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
-    """The same function as channel_norm_reference, in one pass.
+def channel_norm_triton(
+    x: Tensor, weight: Tensor, bias: Tensor | None, eps: float, dtype: torch.dtype
+) -> Tensor:
+    """The same function as channel_norm_reference, in one pass, and rounded to `dtype`.
 
     Raises:
         RuntimeError: tensors that are not on a GPU, or float64 x.
     """
     check_tensor("channel_norm backend 'triton'", x, for_float64="reference")
-    is_wide = torch.is_autocast_enabled(x.device.type)
-    return _forward(x, weight, bias, eps, torch.float32 if is_wide else x.dtype)[0]
+    return _forward(x, weight, bias, eps, dtype)[0]
 
 
 @torch.library.custom_op("cmfs::channel_norm", mutates_args=())
 def _forward(
-    x: Tensor, weight: Tensor, bias: Tensor, eps: float, dtype: torch.dtype
+    x: Tensor, weight: Tensor, bias: Tensor | None, eps: float, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor, Tensor]:
     """y (B, C, H, W) of `dtype`; each pixel's mean and 1 / sqrt(variance + eps), (B, H · W)."""
     x = x.contiguous()
@@ -65,7 +66,7 @@ def _(x, weight, bias, eps, dtype):
 
 @torch.library.custom_op("cmfs::channel_norm_backward", mutates_args=())
 def _backward(
-    grad_y: Tensor, x: Tensor, weight: Tensor, mean: Tensor, rstd: Tensor
+    grad_y: Tensor, x: Tensor, weight: Tensor, mean: Tensor, rstd: Tensor, is_centered: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of x, weight and bias."""
     grad_y, x = grad_y.contiguous(), x.contiguous()
@@ -88,6 +89,7 @@ def _backward(
                 _pixels(x),
                 channels,
                 rounds,
+                CENTERED=is_centered,
                 CHANNELS=cut.channels,
                 PIXELS=cut.pixels,
                 num_warps=cut.warps,
@@ -97,18 +99,20 @@ def _backward(
 
 
 @_backward.register_fake
-def _(grad_y, x, weight, mean, rstd):
+def _(grad_y, x, weight, mean, rstd, is_centered):
     grad_x = torch.empty_like(x, memory_format=torch.contiguous_format)
     return grad_x, torch.empty_like(weight), torch.empty_like(weight)
 
 
 def _setup_context(ctx, inputs, output) -> None:
-    x, weight, *_ = inputs
+    x, weight, bias, *_ = inputs
+    ctx.is_centered = bias is not None
     ctx.save_for_backward(x, weight, *output[1:])
 
 
 def _differentiate(ctx, grad_y: Tensor, _grad_mean: Tensor, _grad_rstd: Tensor):
-    return *_backward(grad_y, *ctx.saved_tensors), None, None
+    for_x, for_weight, for_bias = _backward(grad_y, *ctx.saved_tensors, ctx.is_centered)
+    return for_x, for_weight, for_bias if ctx.is_centered else None, None, None
 
 
 _forward.register_autograd(_differentiate, setup_context=_setup_context)
