@@ -9,6 +9,9 @@ from torch.utils.checkpoint import checkpoint
 
 from models.ops.channel_norm import channel_norm
 from models.ops.padding import replicate_pad
+from models.ops.replicate_conv import replicate_conv
+
+_FEW_CHANNELS = 64
 
 
 class Recomputed(nn.Module):
@@ -69,7 +72,8 @@ class Linear2d(nn.Linear):
 class BatchNorm2d(nn.BatchNorm2d):
     """BatchNorm that, given a single value per channel in training, uses its running statistics.
 
-    A 1x1 map of one image has no variance; the plain layer raises there.
+    A 1x1 map of one image has no variance; the plain layer raises there. On a GPU maps of few
+    channels are turned channels-last for it: cuDNN gives a channel of others to a single block.
     """
 
     def forward(self, x: Tensor) -> Tensor:
@@ -77,6 +81,9 @@ class BatchNorm2d(nn.BatchNorm2d):
             return F.batch_norm(
                 x, self.running_mean, self.running_var, self.weight, self.bias, eps=self.eps
             )
+        if x.is_cuda and x.shape[1] <= _FEW_CHANNELS:
+            x = super().forward(x.contiguous(memory_format=torch.channels_last))
+            return x.contiguous()
         return super().forward(x)
 
 
@@ -87,7 +94,7 @@ class ReplicateConv2d(nn.Conv2d):
         super().__init__(in_channels, out_channels, 3, bias=bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        return super().forward(replicate_pad(x, 1, 1, 1, 1))
+        return replicate_conv(x, self.weight, self.bias)
 
 
 class ChannelScale(nn.Module):

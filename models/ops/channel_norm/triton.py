@@ -128,7 +128,8 @@ class _Cut(NamedTuple):
 
 def _cut(x: Tensor) -> _Cut:
     channels = max(2, triton.next_power_of_2(x.shape[1]))
-    pixels = max(4 if INTERPRETED else 8, min(64, _ELEMENTS // channels))
+    least = 4 if INTERPRETED else 16 if channels == 512 else 8
+    pixels = max(least, min(64, _ELEMENTS // channels))
     warps = min(16, max(4, channels * pixels // 1024))  # 32 values a thread
     return _Cut(channels, pixels, warps)
 

@@ -26,7 +26,7 @@ class _Tile(NamedTuple):
     tokens: int
 
 
-_TILE = _Tile(2, 16) if INTERPRETED else _Tile(4, 512)
+_TILE = _Tile(2, 16) if INTERPRETED else _Tile(1, 1024)
 
 
 def conv_silu_triton(x: Tensor, weight: Tensor, bias: Tensor, flip: bool) -> Tensor:
