@@ -1,11 +1,13 @@
 """CMFS: the whole network as its figure shows it (Su et al., IJCAI 2025)."""
 
 from collections.abc import Sequence
+from functools import partial
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from models.branches import Branch, side_by_side
 from models.fsc import FrequencySpatialCollaboration
 from models.heads import FusionHead, SegmentationHead
 from models.layers import Recomputed
@@ -105,32 +107,33 @@ class CMFS(nn.Module):
     def forward(self, rgb: Tensor, thermal: Tensor) -> CMFSOutput:
         _check_images(rgb, thermal)
         thermal = thermal.expand_as(rgb)
-        rgb_maps, thermal_maps = self._encode(rgb, thermal)
-        branches = zip(self.semantic, rgb_maps, thermal_maps, strict=True)
-        semantic_maps, losses = zip(*(b(r, t) for b, r, t in branches), strict=True)
-        return CMFSOutput(
-            logits=self.segmentation_head(semantic_maps, rgb.shape[-2:]),
-            fused=self.fusion_head(rgb_maps, thermal_maps, rgb, thermal),
-            balance_loss=torch.stack(losses).mean(),
-        )
-
-    def _encode(self, rgb: Tensor, thermal: Tensor) -> tuple[list[Tensor], list[Tensor]]:
-        """F'' of the four stages for both modalities; F' goes on to the next stage."""
-        rgb_maps, thermal_maps = [], []
-        x_rgb, x_thermal = self.rgb_encoder.embed(rgb), self.thermal_encoder.embed(thermal)
+        x_rgb, x_thermal = rgb, thermal
+        branches = []
         for stage, mia in enumerate(self.mia):
-            if stage > 0:
-                x_rgb = self.rgb_encoder.downsample(stage - 1, x_rgb)
-                x_thermal = self.thermal_encoder.downsample(stage - 1, x_thermal)
-            x_rgb = self.rgb_encoder.run_stage(stage, x_rgb)
-            x_thermal = self.thermal_encoder.run_stage(stage, x_thermal)
-            x_rgb, x_thermal = mia(x_rgb, x_thermal, self.text_prior)
-            has_fsc = stage < len(self.rgb_fsc)
-            rgb_maps.append(x_rgb + self.rgb_fsc[stage](x_rgb) if has_fsc else x_rgb)
-            thermal_maps.append(
-                x_thermal + self.thermal_fsc[stage](x_thermal) if has_fsc else x_thermal
+            x_rgb, x_thermal = side_by_side(
+                partial(self.rgb_encoder.advance, stage, x_rgb),
+                partial(self.thermal_encoder.advance, stage, x_thermal),
             )
-        return rgb_maps, thermal_maps
+            x_rgb, x_thermal = mia(x_rgb, x_thermal, self.text_prior)  # F', for the next stage
+            branches.append(Branch(partial(self._use_stage, stage, x_rgb, x_thermal)))
+        stages = [branch.result() for branch in branches]
+        rgb_maps, thermal_maps, semantic_maps, losses = zip(*stages, strict=True)
+        logits, fused = side_by_side(
+            partial(self.segmentation_head, semantic_maps, rgb.shape[-2:]),
+            partial(self.fusion_head, rgb_maps, thermal_maps, rgb, thermal),
+        )
+        return CMFSOutput(logits, fused, balance_loss=torch.stack(losses).mean())
+
+    def _use_stage(
+        self, stage: int, x_rgb: Tensor, x_thermal: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """From F' of a stage: F'' of both modalities, the semantic map, the balance loss."""
+        if stage < len(self.rgb_fsc):
+            of_rgb, of_thermal = side_by_side(
+                partial(self.rgb_fsc[stage], x_rgb), partial(self.thermal_fsc[stage], x_thermal)
+            )
+            x_rgb, x_thermal = x_rgb + of_rgb, x_thermal + of_thermal
+        return x_rgb, x_thermal, *self.semantic[stage](x_rgb, x_thermal)
 
     def set_recompute(self, is_on: bool) -> None:
         """Keep only the maps between parts in training, and compute what lies inside them twice.

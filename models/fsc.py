@@ -1,9 +1,12 @@
 """FSC: Frequency-Spatial Collaboration of one modality's map (method, Sec. 4)."""
 
+from functools import partial
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from models.branches import side_by_side
 from models.layers import (
     ChannelScale,
     LayerNorm2d,
@@ -30,7 +33,7 @@ class FrequencySpatialCollaboration(Recomputed):
         self.fourier = FourierBranch(channels)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.fourier(self.spatial(x), self.wavelet(x))
+        return self.fourier(*side_by_side(partial(self.spatial, x), partial(self.wavelet, x)))
 
 
 class WaveletBranch(nn.Module):

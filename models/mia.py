@@ -1,8 +1,11 @@
 """MIA: region-aware Modal Interaction Alignment, guided by CLIP text features (method, Sec. 3)."""
 
+from functools import partial
+
 import torch
 from torch import Tensor, nn
 
+from models.branches import Branch, side_by_side
 from models.layers import (
     LayerNorm2d,
     Recomputed,
@@ -55,9 +58,15 @@ class ModalInteractionAlignment(Recomputed):
         self.interaction = RegionModalInteraction(channels, regions_per_side=regions_per_side)
 
     def forward(self, rgb: Tensor, thermal: Tensor, text_prior: TextPrior) -> tuple[Tensor, Tensor]:
-        context = self.context(torch.cat([rgb, thermal], dim=1))
-        gate = self.text_gate(context, text_prior)  # (B, 1, P, P)
-        return self.interaction(self.rgb_shuffle(rgb), self.thermal_shuffle(thermal), gate)
+        gate = Branch(partial(self._text_gate, rgb, thermal, text_prior))
+        rgb, thermal = side_by_side(
+            partial(self.rgb_shuffle, rgb), partial(self.thermal_shuffle, thermal)
+        )
+        return self.interaction(rgb, thermal, gate.result())
+
+    def _text_gate(self, rgb: Tensor, thermal: Tensor, text_prior: TextPrior) -> Tensor:
+        """(B, 1, P, P): one gate per region."""
+        return self.text_gate(self.context(torch.cat([rgb, thermal], dim=1)), text_prior)
 
 
 class ShuffleMambaBlock(nn.Module):

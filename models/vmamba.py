@@ -16,8 +16,8 @@ class VMambaEncoder(nn.Module):
 
     x: (B, 3, H, W) in [0, 1], H, W >= 32 -> list of 4 maps (B, C_i, ~H/2^(i+2), ~W/2^(i+2)), each
     stage's blocks' output before its downsampling (sides round up). The input is standardised here
-    by `image_mean` and `image_std`. The CMFS network calls embed, run_stage and downsample itself,
-    because the modalities interact between them.
+    by `image_mean` and `image_std`. The CMFS network calls advance() itself, because
+    the modalities interact between the stages.
     """
 
     def __init__(
@@ -49,25 +49,22 @@ class VMambaEncoder(nn.Module):
                 nn.Sequential(OrderedDict(blocks=nn.Sequential(*blocks), downsample=down))
             )
 
-    def embed(self, x: Tensor) -> Tensor:
-        """(B, 3, H, W) in [0, 1] -> (B, C_0, ~H/4, ~W/4)."""
-        return self.patch_embed((x - self.mean) / self.std)
+    def advance(self, stage: int, x: Tensor) -> Tensor:
+        """From the image (stage 0) or the stage before to the output of a stage's blocks.
 
-    def run_stage(self, stage: int, x: Tensor) -> Tensor:
-        """The VSS blocks of one stage; shape kept."""
+        x: (B, 3, H, W) in [0, 1], or the map of the stage before -> (B, C_i, ~H/2^(i+2), ...).
+        """
+        if stage == 0:
+            x = self.patch_embed((x - self.mean) / self.std)
+        else:
+            x = self.layers[stage - 1].downsample(x)
         return self.layers[stage].blocks(x)
 
-    def downsample(self, stage: int, x: Tensor) -> Tensor:
-        """From one stage's map to the next stage's input: half the sides, next width."""
-        return self.layers[stage].downsample(x)
-
     def forward(self, x: Tensor) -> list[Tensor]:
-        x = self.embed(x)
         maps = []
         for stage in range(len(self.layers)):
-            x = self.run_stage(stage, x)
+            x = self.advance(stage, x)
             maps.append(x)
-            x = self.downsample(stage, x)
         return maps
 
 
