@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 from models.heads import FusionHead, GradientResidualBlock, SegmentationHead
 
@@ -19,6 +20,19 @@ def stage_maps(hw, batch=2):
 def test_segmentation_head_gives_logits_at_the_image_size(hw):
     head = SegmentationHead(WIDTHS, num_classes=5, hidden=16, d_state=2)
     assert head(stage_maps(hw), hw).shape == (2, 5, *hw)
+
+
+@pytest.mark.parametrize("hw", [(64, 96), (33, 47)], ids=str)
+def test_segmentation_head_fuses_embedded_resized_maps(hw):
+    """As the method has it: Linear, bilinear to stride 4, concatenate, 1x1 convolution, norm."""
+    head = SegmentationHead(WIDTHS, num_classes=5, hidden=16, d_state=2).double()
+    maps = [x.double() for x in stage_maps(hw)]
+    embedded = [
+        F.interpolate(embed(x), maps[0].shape[-2:], mode="bilinear")
+        for embed, x in zip(head.embed, maps, strict=True)
+    ]
+    expected = head.fuse(torch.cat(embedded, dim=1))
+    torch.testing.assert_close(head._fused(maps), expected)
 
 
 @pytest.mark.parametrize("hw", [(64, 96), (33, 47)], ids=str)
