@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from models.ops.channel_norm import channel_norm
+from models.ops.depthwise import depthwise_conv
 from models.ops.padding import replicate_pad
 from models.ops.replicate_conv import replicate_conv
 
@@ -67,6 +68,29 @@ class Linear2d(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         return F.conv2d(x, self.weight[:, :, None, None], self.bias)
+
+
+class DepthwiseConv2d(nn.Conv2d):
+    """A convolution of each channel by itself, zeros around the map, and an activation or none.
+
+    (B, C, H, W) -> (B, C, H, W); kernel_size is odd, activation "silu" or None.
+    """
+
+    def __init__(
+        self,
+        channels: int,
+        kernel_size: int | tuple[int, int] = 3,
+        *,
+        bias: bool = True,
+        activation: str | None = None,
+    ) -> None:
+        super().__init__(
+            channels, channels, kernel_size, padding="same", groups=channels, bias=bias
+        )
+        self.activation = activation
+
+    def forward(self, x: Tensor) -> Tensor:
+        return depthwise_conv(x, self.weight, self.bias, activation=self.activation)
 
 
 class BatchNorm2d(nn.BatchNorm2d):

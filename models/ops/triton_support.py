@@ -1,4 +1,4 @@
-"""What the Triton backends share: whether one can run, and where. Does not import triton."""
+"""What the Triton backends share: whether one can run, and where. Does not itself import triton."""
 
 import contextlib
 import functools
@@ -17,6 +17,17 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 def has_triton() -> bool:
     """Whether the package triton is installed. A compiler need not look into how it is found."""
     return importlib.util.find_spec("triton") is not None
+
+
+@torch.compiler.assume_constant_result
+@functools.cache
+def has_triton_tuples() -> bool:
+    """Whether triton is installed and its kernels may hold tuples of tensors, as from 3.3 on."""
+    if not has_triton():
+        return False
+    import triton
+
+    return tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 3)
 
 
 def check_tensor(backend: str, x: Tensor, *, for_float64: str) -> None:

@@ -3,8 +3,9 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import nn
 
-from models.layers import resize, shuffle_channels
+from models.layers import DepthwiseConv2d, resize, shuffle_channels
 
 SIZES = [((5, 7), (20, 28)), ((3, 4), (7, 9)), ((1, 1), (4, 3)), ((9, 8), (3, 5)), ((6, 6), (6, 6))]
 
@@ -36,3 +37,24 @@ def test_shuffled_channels_are_those_of_torch_and_have_a_gradient(groups):
     weight = torch.randn(shuffled.shape)
     (gradient,) = torch.autograd.grad(shuffled, x, weight)
     assert torch.equal(shuffle_channels(gradient, groups), weight)
+
+
+@pytest.mark.parametrize("activation", [None, "silu"])
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("kernel", [3, (1, 11), (11, 1)], ids=str)
+def test_depthwise_convolution_is_that_of_torch(kernel, bias, activation):
+    torch.manual_seed(0)
+    ours = DepthwiseConv2d(4, kernel, bias=bias, activation=activation)
+    torch.manual_seed(0)
+    padding = 1 if kernel == 3 else tuple(size // 2 for size in kernel)
+    theirs = nn.Conv2d(4, 4, kernel, padding=padding, groups=4, bias=bias)
+    assert ours.state_dict().keys() == theirs.state_dict().keys()
+    assert all(map(torch.equal, ours.parameters(), theirs.parameters()))
+    x = torch.randn(2, 4, 7, 5)
+    expected = theirs(x) if activation is None else F.silu(theirs(x))
+    torch.testing.assert_close(ours(x), expected)
+
+
+def test_depthwise_convolution_refuses_an_even_kernel():
+    with pytest.raises(ValueError, match=r"odd, .* got \(1, 2, 3, 3\), \(2, 1, 2, 2\)"):
+        DepthwiseConv2d(2, 2)(torch.randn(1, 2, 3, 3))

@@ -13,6 +13,7 @@ triton = pytest.importorskip("triton", reason="triton is not installed here")
 compiler = pytest.importorskip("triton.backends.compiler", reason="this triton is too old")
 
 from models.ops.channel_norm import kernels as norms  # noqa: E402
+from models.ops.depthwise import kernels as planes  # noqa: E402
 from models.ops.mamba_path import kernels as paths  # noqa: E402
 from models.ops.replicate_conv import kernels as borders  # noqa: E402
 from models.ops.selective_scan import kernels as rows  # noqa: E402
@@ -28,6 +29,7 @@ pytestmark = pytest.mark.skipif(
 SIZES = {"length", "channels", "groups", "R", "N", "chunks", "blocks", "batches", "splits", "rows"}
 SIZES |= {"height", "width", "in_channels", "out_channels", "batch"}
 SIZES |= {"reversed_sets", "columns", "x_rows", "tiles", "rounds", "stride", "z_stride"}
+SIZES |= {"height", "width", "strips", "x_stride", "grad_stride"}
 INDICES = {"pixels", "steps"}
 FLOAT32 = {"A", "ends", "spans", "states", "gradients", "grad_rows", "grad_matrices", "parts"}
 FLOAT32 |= {"mean", "rstd"}
@@ -35,6 +37,7 @@ TILE = {"ROWS": 2, "LANES": 32, "STEPS": 2}
 WARPS = {"ROWS": 8, "WARPS": 4}  # two rows in each warp
 FEW = {"OUT": 16, "IN": 16, "PIXELS": 32}
 PRODUCT = {"ROWS": 64, "COLUMNS": 64, "TOKENS": 32}
+LANES = {"KH": 3, "KW": 3, "PAIR": 4, "ROWS": 4, "LANES": 32}
 CASES = [
     (rows._chunk_ends_kernel, {"SOFTPLUS": True, "REVERSE": True, **TILE}),
     (rows._carry_kernel, {"WIDTH": 64, "DEPTH": 16}),
@@ -68,6 +71,10 @@ CASES = [
     (paths._conv_input_gradient_kernel, {"WIDTH": 4, "FLIP": True, "ROWS": 4, "TOKENS": 128}),
     (paths._gate_kernel, {"ROWS": 4, "TOKENS": 128}),
     (paths._gate_gradient_kernel, {"ROWS": 4, "TOKENS": 128}),
+    (planes._conv_kernel, {"SILU": True, "FLIP": False, **LANES}),
+    (planes._conv_kernel, {"SILU": False, "FLIP": True, **LANES, "bias": None, "PAIR": 0}),
+    (planes._sums_kernel, {"SILU": True, **LANES}),
+    (planes._sums_kernel, {"SILU": False, **LANES, "bias": None, "KW": 11, "KH": 1}),
 ]
 
 
