@@ -59,7 +59,7 @@ def look_inside(model: nn.Module, rgb: Tensor, thermal: Tensor) -> Inside:
 
 def _ss2d_dt(scan: SS2D, convolved: Tensor) -> Tensor:
     """dt of all four directions and channels at some pixels, from what its convolution gave."""
-    x = _some_positions(F.silu(convolved[0].flatten(1)))  # (D, L)
+    x = _some_positions(convolved[0].flatten(1))  # (D, L)
     rank = scan.dt_projs_weight.shape[-1]
     low = scan.x_proj_weight[:, :rank] @ x  # (4, R, L)
     return F.softplus(scan.dt_projs_weight @ low + scan.dt_projs_bias[..., None]).flatten()

@@ -158,7 +158,7 @@ class GatedFFN(nn.Module):
     def __init__(self, channels: int) -> None:
         super().__init__()
         self.expand = nn.Conv2d(channels, 2 * channels, 1)
-        self.depthwise = nn.Conv2d(channels, channels, 3, padding=1, groups=channels)
+        self.depthwise = DepthwiseConv2d(channels)
         self.project = nn.Conv2d(channels, channels, 1)
 
     def forward(self, x: Tensor) -> Tensor:

@@ -6,6 +6,7 @@ from torch import Tensor, nn
 
 from models.layers import (
     BatchNorm2d,
+    DepthwiseConv2d,
     GatedFFN,
     LayerNorm2d,
     Recomputed,
@@ -51,7 +52,7 @@ class ChannelEmbed(nn.Module):
         self.residual = nn.Conv2d(in_channels, channels, 1, bias=False)
         self.embed = nn.Sequential(
             nn.Conv2d(in_channels, channels, 1),
-            nn.Conv2d(channels, channels, 3, padding=1, groups=channels),
+            DepthwiseConv2d(channels),
             nn.ReLU(),
             nn.Conv2d(channels, channels, 1),
             BatchNorm2d(channels),
@@ -216,8 +217,8 @@ class SpatialModulatingExpert(Recomputed):
         super().__init__()
         self.query_value = nn.Conv2d(channels, 2 * channels, 1)
         self.striped = nn.Sequential(
-            nn.Conv2d(channels, channels, (1, stripe), padding=(0, stripe // 2), groups=channels),
-            nn.Conv2d(channels, channels, (stripe, 1), padding=(stripe // 2, 0), groups=channels),
+            DepthwiseConv2d(channels, (1, stripe)),
+            DepthwiseConv2d(channels, (stripe, 1)),
         )
         self.project = nn.Conv2d(channels, channels, 1)
         self.norm = LayerNorm2d(channels)

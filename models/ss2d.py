@@ -3,10 +3,9 @@
 import math
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from models.layers import LayerNorm2d, Linear2d, Recomputed
+from models.layers import DepthwiseConv2d, LayerNorm2d, Linear2d, Recomputed
 from models.ops.mamba_path import gate
 from models.ops.ss2d_scan import ss2d_scan
 
@@ -35,7 +34,7 @@ class SS2D(Recomputed):
         self.scan_backend = "auto"
         self.use_z_gate = use_z_gate
         self.in_proj = Linear2d(channels, 2 * inner if use_z_gate else inner, bias=False)
-        self.conv2d = nn.Conv2d(inner, inner, 3, padding=1, groups=inner, bias=conv_bias)
+        self.conv2d = DepthwiseConv2d(inner, bias=conv_bias, activation="silu")
         self.x_proj_weight = nn.Parameter(torch.empty(4, rank + 2 * d_state, inner))
         self.dt_projs_weight = nn.Parameter(torch.empty(4, inner, rank))
         self.dt_projs_bias = nn.Parameter(initial_dt_bias(4 * inner).view(4, inner))
@@ -51,7 +50,7 @@ class SS2D(Recomputed):
         z = None
         if self.use_z_gate:
             x, z = x.chunk(2, dim=1)
-        x = F.silu(self.conv2d(x))
+        x = self.conv2d(x)
         y = ss2d_scan(
             x,
             self.x_proj_weight,
