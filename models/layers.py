@@ -10,7 +10,6 @@ from torch.utils.checkpoint import checkpoint
 from models.ops.channel_norm import channel_norm
 from models.ops.depthwise import depthwise_conv
 from models.ops.padding import replicate_pad
-from models.ops.replicate_conv import replicate_conv
 
 _FEW_CHANNELS = 64
 
@@ -118,7 +117,7 @@ class ReplicateConv2d(nn.Conv2d):
         super().__init__(in_channels, out_channels, 3, bias=bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        return replicate_conv(x, self.weight, self.bias)
+        return super().forward(replicate_pad(x, 1, 1, 1, 1))
 
 
 class ChannelScale(nn.Module):

@@ -15,7 +15,6 @@ compiler = pytest.importorskip("triton.backends.compiler", reason="this triton i
 from models.ops.channel_norm import kernels as norms  # noqa: E402
 from models.ops.depthwise import kernels as planes  # noqa: E402
 from models.ops.mamba_path import kernels as paths  # noqa: E402
-from models.ops.replicate_conv import kernels as borders  # noqa: E402
 from models.ops.selective_scan import kernels as rows  # noqa: E402
 from models.ops.ss2d_scan import kernels as maps  # noqa: E402
 
@@ -27,7 +26,6 @@ pytestmark = pytest.mark.skipif(
 )
 
 SIZES = {"length", "channels", "groups", "R", "N", "chunks", "blocks", "batches", "splits", "rows"}
-SIZES |= {"height", "width", "in_channels", "out_channels", "batch"}
 SIZES |= {"reversed_sets", "columns", "x_rows", "tiles", "rounds", "stride", "z_stride"}
 SIZES |= {"height", "width", "strips", "x_stride", "grad_stride"}
 INDICES = {"pixels", "steps"}
@@ -35,7 +33,6 @@ FLOAT32 = {"A", "ends", "spans", "states", "gradients", "grad_rows", "grad_matri
 FLOAT32 |= {"mean", "rstd"}
 TILE = {"ROWS": 2, "LANES": 32, "STEPS": 2}
 WARPS = {"ROWS": 8, "WARPS": 4}  # two rows in each warp
-FEW = {"OUT": 16, "IN": 16, "PIXELS": 32}
 PRODUCT = {"ROWS": 64, "COLUMNS": 64, "TOKENS": 32}
 LANES = {"KH": 3, "KW": 3, "PAIR": 4, "ROWS": 4, "LANES": 32}
 CASES = [
@@ -56,16 +53,6 @@ CASES = [
     (norms._norm_kernel, {"bias": None, "CHANNELS": 32, "PIXELS": 16}),
     (norms._norm_gradient_kernel, {"CENTERED": True, "CHANNELS": 32, "PIXELS": 16}),
     (norms._norm_gradient_kernel, {"CENTERED": False, "CHANNELS": 32, "PIXELS": 16}),
-    *(
-        (kernel, {"PRECISION": precision, **FEW})
-        for kernel in (
-            borders._forward_kernel,
-            borders._input_gradient_kernel,
-            borders._weight_gradient_kernel,
-        )
-        for precision in ("ieee", "tf32")
-    ),
-    (borders._forward_kernel, {"bias": None, "PRECISION": "tf32", **FEW}),
     (paths._conv_kernel, {"WIDTH": 4, "FLIP": True, "ROWS": 4, "TOKENS": 128}),
     (paths._conv_gradient_kernel, {"WIDTH": 4, "FLIP": True, "ROWS": 4, "TOKENS": 128}),
     (paths._conv_input_gradient_kernel, {"WIDTH": 4, "FLIP": True, "ROWS": 4, "TOKENS": 128}),
