@@ -10,6 +10,7 @@ from torch.utils.checkpoint import checkpoint
 from models.ops.channel_norm import channel_norm
 from models.ops.depthwise import depthwise_conv
 from models.ops.padding import replicate_pad
+from models.ops.resize import bilinear_resize
 
 _FEW_CHANNELS = 64
 
@@ -186,35 +187,4 @@ def pad_to_multiple(x: Tensor, multiple_h: int, multiple_w: int) -> Tensor:
 
 def resize(x: Tensor, hw: tuple[int, int]) -> Tensor:
     """Bilinear resize of a map to (H, W), pixel centres aligned."""
-    if x.shape[-2:] == hw:
-        return x
-    return _Resize.apply(x, *hw)
-
-
-class _Resize(torch.autograd.Function):
-    """F.interpolate with a gradient of two matrix products.
-
-    The built-in gradient adds every output to its inputs with atomics: on a GPU it is slower than
-    the rest of a head together, and not deterministic.
-    """
-
-    @staticmethod
-    def forward(ctx, x: Tensor, height: int, width: int) -> Tensor:
-        ctx.hw = x.shape[-2:]
-        return F.interpolate(x, size=(height, width), mode="bilinear", align_corners=False)
-
-    @staticmethod
-    def backward(ctx, grad: Tensor) -> tuple[Tensor, None, None]:
-        rows, columns = (
-            _interpolation_matrix(size, resized, grad)
-            for size, resized in zip(ctx.hw, grad.shape[-2:], strict=True)
-        )
-        return rows.mT @ (grad @ columns), None, None
-
-
-def _interpolation_matrix(size: int, resized: int, like: Tensor) -> Tensor:
-    """(resized, size): each output of a 1-D linear interpolation as weights of the inputs."""
-    kind = {"device": like.device, "dtype": torch.promote_types(like.dtype, torch.float32)}
-    centre = (torch.arange(resized, **kind) + 0.5) * (size / resized) - 0.5
-    distance = centre.clamp(0, size - 1)[:, None] - torch.arange(size, **kind)
-    return (1 - distance.abs()).clamp_min(0).to(like.dtype)
+    return bilinear_resize(x, hw)

@@ -14,7 +14,9 @@ compiler = pytest.importorskip("triton.backends.compiler", reason="this triton i
 
 from models.ops.channel_norm import kernels as norms  # noqa: E402
 from models.ops.depthwise import kernels as planes  # noqa: E402
+from models.ops.epilogue import kernels as epilogues  # noqa: E402
 from models.ops.mamba_path import kernels as paths  # noqa: E402
+from models.ops.resize import kernels as resizes  # noqa: E402
 from models.ops.selective_scan import kernels as rows  # noqa: E402
 from models.ops.ss2d_scan import kernels as maps  # noqa: E402
 
@@ -28,13 +30,18 @@ pytestmark = pytest.mark.skipif(
 SIZES = {"length", "channels", "groups", "R", "N", "chunks", "blocks", "batches", "splits", "rows"}
 SIZES |= {"reversed_sets", "columns", "x_rows", "tiles", "rounds", "stride", "z_stride"}
 SIZES |= {"height", "width", "strips", "x_stride", "grad_stride"}
+SIZES |= {"residual_stride", "planes", "new_width"}
 INDICES = {"pixels", "steps"}
 FLOAT32 = {"A", "ends", "spans", "states", "gradients", "grad_rows", "grad_matrices", "parts"}
 FLOAT32 |= {"mean", "rstd"}
+SCALARS = {"eps", "row_scale", "column_scale"}
 TILE = {"ROWS": 2, "LANES": 32, "STEPS": 2}
 WARPS = {"ROWS": 8, "WARPS": 4}  # two rows in each warp
+ABSENT = {"ACTIVATION": None, "bias": None, "factor": None}
+MAPS = {"ROWS": 4, "PIXELS": 128}
 PRODUCT = {"ROWS": 64, "COLUMNS": 64, "TOKENS": 32}
 LANES = {"KH": 3, "KW": 3, "PAIR": 4, "ROWS": 4, "LANES": 32}
+EPILOGUES = (epilogues._epilogue_kernel, epilogues._epilogue_gradient_kernel)
 CASES = [
     (rows._chunk_ends_kernel, {"SOFTPLUS": True, "REVERSE": True, **TILE}),
     (rows._carry_kernel, {"WIDTH": 64, "DEPTH": 16}),
@@ -62,6 +69,21 @@ CASES = [
     (planes._conv_kernel, {"SILU": False, "FLIP": True, **LANES, "bias": None, "PAIR": 0}),
     (planes._sums_kernel, {"SILU": True, **LANES}),
     (planes._sums_kernel, {"SILU": False, **LANES, "bias": None, "KW": 11, "KH": 1}),
+    (resizes._resize_kernel, {"PLANES": 4, "PIXELS": 128}),
+    *(
+        (kernel, {"ACTIVATION": activation, "VECTOR": vector, **MAPS})
+        for kernel in EPILOGUES
+        for activation, vector in (("gelu", 4), ("relu", 1), ("silu", 8))
+    ),
+    (epilogues._epilogue_kernel, {**ABSENT, "residual": None, "VECTOR": 4, **MAPS}),
+    (
+        epilogues._epilogue_gradient_kernel,
+        {**ABSENT, "x": None, "grad_x": None, "VECTOR": 4, **MAPS},
+    ),
+    (
+        epilogues._epilogue_gradient_kernel,
+        {"ACTIVATION": "gelu", "bias": None, "parts": None, "VECTOR": 4, **MAPS},
+    ),
 ]
 
 
@@ -78,14 +100,38 @@ def test_compiles(case, dtype, are_one, tmp_path, monkeypatch):
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     kernel, constants = case
     constants = constants | {name: 1 for name in kernel.arg_names if are_one and name in SIZES}
+    assert len(compiled(kernel, constants, dtype)["cubin"]) > 0
+
+
+@pytest.mark.parametrize(("dtype", "vector"), [("fp32", 4), ("bf16", 8)])
+@pytest.mark.parametrize("kernel", EPILOGUES, ids=lambda kernel: kernel.__name__)
+def test_maps_are_moved_16_bytes_at_a_time(kernel, dtype, vector, tmp_path, monkeypatch):
+    """Though one kernel serves all sizes."""
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    constants = {"ACTIVATION": "gelu", "VECTOR": vector, "ROWS": 4, "PIXELS": 256}
+    code = compiled(kernel, constants, dtype, are_aligned=True)["ptx"]
+    assert code.count("ld.global.v4.b32") >= 2
+    assert "st.global.v4.b32" in code
+
+
+def compiled(kernel, constants, dtype, *, are_aligned=False):
+    """Code of a kernel, by its form; with are_aligned, pointers are multiples of 16."""
     kinds = {}
     for name in kernel.arg_names:
         pointer = "*i32" if name in INDICES else "*fp32" if name in FLOAT32 else f"*{dtype}"
-        kind = "i32" if name in SIZES else "fp32" if name == "eps" else pointer
+        kind = "i32" if name in SIZES else "fp32" if name in SCALARS else pointer
         kinds[name] = "constexpr" if name in constants else kind
-    indices = {(kernel.arg_names.index(name),): value for name, value in constants.items()}
-    source = triton.compiler.ASTSource(fn=kernel, signature=kinds, constexprs=indices)
+    places = {name: (index,) for index, name in enumerate(kernel.arg_names)}
+    source = triton.compiler.ASTSource(
+        fn=kernel,
+        signature=kinds,
+        constexprs={places[name]: value for name, value in constants.items()},
+        attrs={
+            places[name]: [["tt.divisibility", 16]]
+            for name, kind in kinds.items()
+            if are_aligned and kind.startswith("*")
+        },
+    )
     target = compiler.GPUTarget("cuda", 90, 32)
     options = {"num_warps": constants.get("WARPS", 1)}
-    compiled = triton.compile(source, target=target, options=options)
-    assert len(compiled.asm["cubin"]) > 0
+    return triton.compile(source, target=target, options=options).asm
