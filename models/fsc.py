@@ -1,5 +1,6 @@
 """FSC: Frequency-Spatial Collaboration of one modality's map (method, Sec. 4)."""
 
+from collections import OrderedDict
 from functools import partial
 
 import torch
@@ -9,6 +10,7 @@ from torch import Tensor, nn
 from models.branches import side_by_side
 from models.layers import (
     ChannelScale,
+    FusedConv2d,
     LayerNorm2d,
     Recomputed,
     SqueezeGate,
@@ -41,7 +43,7 @@ class WaveletBranch(nn.Module):
 
     def __init__(self, channels: int, *, d_state: int, expand: int) -> None:
         super().__init__()
-        self.embed = nn.Sequential(nn.Conv2d(channels, channels, 1), nn.GELU())
+        self.embed = nn.Sequential(FusedConv2d(channels, channels, 1, activation="gelu"))
         self.scale = ChannelScale(channels)
         self.norm = LayerNorm2d(channels)
         self.ss2d = SS2D(channels, d_state=d_state, expand=expand, scan="window")
@@ -75,10 +77,13 @@ class ChannelAttentionBlock(nn.Sequential):
     def __init__(self, channels: int) -> None:
         hidden = max(1, channels // 3)
         super().__init__(
-            nn.Conv2d(channels, hidden, 3, padding=1),
-            nn.GELU(),
-            nn.Conv2d(hidden, channels, 3, padding=1),
-            SqueezeGate(channels, squeeze=12),
+            OrderedDict(  # as checkpoints have them: the activation was number 1
+                [
+                    ("0", FusedConv2d(channels, hidden, 3, padding=1, activation="gelu")),
+                    ("2", FusedConv2d(hidden, channels, 3, padding=1)),
+                    ("3", SqueezeGate(channels, squeeze=12)),
+                ]
+            )
         )
 
 
@@ -93,12 +98,12 @@ class FourierBranch(nn.Module):
     def __init__(self, channels: int) -> None:
         super().__init__()
         self.magnitude = nn.Sequential(
-            nn.Conv2d(2 * channels, 2 * channels, 1),
+            FusedConv2d(2 * channels, 2 * channels, 1),
             nn.LeakyReLU(0.1),
-            nn.Conv2d(2 * channels, 2 * channels, 1),
+            FusedConv2d(2 * channels, 2 * channels, 1),
             nn.LeakyReLU(0.1),
         )
-        self.reduce = nn.Conv2d(2 * channels, channels, 1)
+        self.reduce = FusedConv2d(2 * channels, channels, 1)
         self.depthwise = nn.Conv2d(
             channels, channels, 3, padding=1, groups=channels, padding_mode="reflect"
         )

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from models.layers import (
     BatchNorm2d,
+    FusedConv2d,
     LayerNorm2d,
     Linear2d,
     Recomputed,
@@ -15,6 +16,7 @@ from models.layers import (
     at_least_float32,
     resize,
 )
+from models.ops.epilogue import epilogue
 from models.ops.sobel import sobel
 from models.ss2d import SS2D
 
@@ -33,7 +35,7 @@ class SegmentationHead(nn.Module):
         self.ss2d = SS2D(hidden, d_state=d_state, expand=2)
         self.norm = LayerNorm2d(hidden)
         self.classify = nn.Sequential(
-            nn.ReLU(), nn.Dropout2d(0.1), nn.Conv2d(hidden, num_classes, 1)
+            nn.ReLU(), nn.Dropout2d(0.1), FusedConv2d(hidden, num_classes, 1)
         )
 
     def forward(self, maps: Sequence[Tensor], image_hw: tuple[int, int]) -> Tensor:
@@ -47,11 +49,11 @@ class SegmentationHead(nn.Module):
         resizing, at each map's own size, and there makes one linear layer with the embedding.
         """
         conv, norm = self.fuse
-        fused = 0
+        fused = None
         for x, embed, weight in zip(maps, self.embed, conv.weight.chunk(len(maps), 1), strict=True):
             weight = weight.flatten(1)
-            x = F.conv2d(x, (weight @ embed.weight)[..., None, None], weight @ embed.bias)
-            fused = fused + resize(x, maps[0].shape[-2:])
+            x = resize(F.conv2d(x, (weight @ embed.weight)[..., None, None]), maps[0].shape[-2:])
+            fused = epilogue(x, weight @ embed.bias, residual=fused)
         return norm(fused)
 
 
@@ -72,7 +74,7 @@ class FusionHead(nn.Module):
             nn.ReLU(),
         )
         self.detail = GradientResidualBlock(hidden)
-        self.project = nn.Conv2d(hidden, 3, 1)
+        self.project = FusedConv2d(hidden, 3, 1)
 
     def forward(
         self,
@@ -98,8 +100,8 @@ class GradientResidualBlock(Recomputed):
     def __init__(self, channels: int) -> None:
         super().__init__()
         self.dense = nn.ModuleList(ReplicateConv2d(count * channels, channels) for count in (1, 2))
-        self.project = nn.Conv2d(3 * channels, channels, 1)
-        self.gradient = nn.Conv2d(channels, channels, 1)
+        self.project = FusedConv2d(3 * channels, channels, 1)
+        self.gradient = FusedConv2d(channels, channels, 1)
 
     def forward(self, x: Tensor) -> Tensor:
         features = x
@@ -107,7 +109,7 @@ class GradientResidualBlock(Recomputed):
             features = torch.cat([features, F.leaky_relu(conv(features), 0.2)], dim=1)
         gradient_x, gradient_y = sobel(at_least_float32(x))
         magnitude = torch.sqrt(gradient_x**2 + gradient_y**2 + 1e-12)
-        return F.leaky_relu(self.project(features) + self.gradient(magnitude), 0.1)
+        return F.leaky_relu(self.project(features, self.gradient(magnitude)), 0.1)
 
 
 def _stage_embedding(width: int, hidden: int) -> nn.Sequential:

@@ -9,6 +9,7 @@ from torch.utils.checkpoint import checkpoint
 
 from models.ops.channel_norm import channel_norm
 from models.ops.depthwise import depthwise_conv
+from models.ops.epilogue import epilogue
 from models.ops.padding import replicate_pad
 from models.ops.resize import bilinear_resize
 
@@ -63,11 +64,48 @@ class RMSNorm2d(nn.RMSNorm):
         return channel_norm(x, self.weight, None, self.eps)
 
 
-class Linear2d(nn.Linear):
-    """A linear layer over the channels of a map; its weight stays two-dimensional, as in VMamba."""
+class FusedConv2d(nn.Conv2d):
+    """A convolution with what follows it: bias, activation ("gelu", "relu", "silu") and residual.
 
-    def forward(self, x: Tensor) -> Tensor:
-        return F.conv2d(x, self.weight[:, :, None, None], self.bias)
+    x (B, C, H, W) -> (B, C', H', W'): residual + factor · activation(convolution), where factor is
+    one number per image. On a GPU all but the product takes a single pass.
+    """
+
+    def __init__(self, *arguments: Any, activation: str | None = None, **options: Any) -> None:
+        super().__init__(*arguments, **options)
+        self.activation = activation
+
+    def forward(
+        self, x: Tensor, residual: Tensor | None = None, factor: Tensor | None = None
+    ) -> Tensor:
+        bias, later = _biases(self.bias, x)
+        x = self._conv_forward(x, self.weight, bias)
+        return epilogue(x, later, activation=self.activation, factor=factor, residual=residual)
+
+
+class Linear2d(nn.Linear):
+    """A linear layer over the channels of a map, with what follows it as in FusedConv2d.
+
+    Its weight stays two-dimensional, as in VMamba.
+    """
+
+    def __init__(
+        self, in_channels: int, channels: int, *, bias: bool = True, activation: str | None = None
+    ) -> None:
+        super().__init__(in_channels, channels, bias=bias)
+        self.activation = activation
+
+    def forward(
+        self, x: Tensor, residual: Tensor | None = None, factor: Tensor | None = None
+    ) -> Tensor:
+        bias, later = _biases(self.bias, x)
+        x = F.conv2d(x, self.weight[:, :, None, None], bias)
+        return epilogue(x, later, activation=self.activation, factor=factor, residual=residual)
+
+
+def _biases(bias: Tensor | None, x: Tensor) -> tuple[Tensor | None, Tensor | None]:
+    """What the convolution adds, which on a CPU costs nothing, and what comes after it."""
+    return (None, bias) if x.is_cuda else (bias, None)
 
 
 class DepthwiseConv2d(nn.Conv2d):
@@ -153,17 +191,17 @@ class SqueezeGate(nn.Module):
 
 
 class GatedFFN(nn.Module):
-    """conv1x1 C -> 2C, GELU, halves a and b; a · depthwise3x3(b); conv1x1, GELU."""
+    """conv1x1 C -> 2C, GELU, halves a and b; a · depthwise3x3(b); conv1x1, GELU; plus residual."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
-        self.expand = nn.Conv2d(channels, 2 * channels, 1)
+        self.expand = FusedConv2d(channels, 2 * channels, 1, activation="gelu")
         self.depthwise = DepthwiseConv2d(channels)
-        self.project = nn.Conv2d(channels, channels, 1)
+        self.project = FusedConv2d(channels, channels, 1, activation="gelu")
 
-    def forward(self, x: Tensor) -> Tensor:
-        a, b = F.gelu(self.expand(x)).chunk(2, dim=1)
-        return F.gelu(self.project(a * self.depthwise(b)))
+    def forward(self, x: Tensor, residual: Tensor) -> Tensor:
+        a, b = self.expand(x).chunk(2, dim=1)
+        return self.project(a * self.depthwise(b), residual)
 
 
 def at_least_float32(x: Tensor) -> Tensor:

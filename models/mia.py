@@ -1,5 +1,6 @@
 """MIA: region-aware Modal Interaction Alignment, guided by CLIP text features (method, Sec. 3)."""
 
+from collections import OrderedDict
 from functools import partial
 
 import torch
@@ -7,6 +8,7 @@ from torch import Tensor, nn
 
 from models.branches import Branch, side_by_side
 from models.layers import (
+    FusedConv2d,
     LayerNorm2d,
     Recomputed,
     RMSNorm2d,
@@ -136,10 +138,13 @@ class RegionModalInteraction(nn.Module):
         self.rgb_attention = HybridAttention(channels)
         self.thermal_attention = HybridAttention(channels)
         self.exchange_weight = nn.Sequential(
-            nn.Conv2d(2 * channels, channels, 1),
-            nn.ReLU(),
-            nn.Conv2d(channels, channels, 1),
-            nn.Sigmoid(),
+            OrderedDict(  # as checkpoints have them: the activation was number 1
+                [
+                    ("0", FusedConv2d(2 * channels, channels, 1, activation="relu")),
+                    ("2", FusedConv2d(channels, channels, 1)),
+                    ("3", nn.Sigmoid()),
+                ]
+            )
         )
 
     def forward(self, rgb: Tensor, thermal: Tensor, gate: Tensor) -> tuple[Tensor, Tensor]:

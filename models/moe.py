@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from models.layers import (
     BatchNorm2d,
     DepthwiseConv2d,
+    FusedConv2d,
     GatedFFN,
     LayerNorm2d,
     Recomputed,
@@ -51,10 +52,10 @@ class ChannelEmbed(nn.Module):
         super().__init__()
         self.residual = nn.Conv2d(in_channels, channels, 1, bias=False)
         self.embed = nn.Sequential(
-            nn.Conv2d(in_channels, channels, 1),
+            FusedConv2d(in_channels, channels, 1),
             DepthwiseConv2d(channels),
             nn.ReLU(),
-            nn.Conv2d(channels, channels, 1),
+            FusedConv2d(channels, channels, 1),
             BatchNorm2d(channels),
         )
         self.norm = BatchNorm2d(channels)
@@ -74,37 +75,36 @@ class LowRankMoEBlock(Recomputed):
         self.ffn = GatedFFN(channels)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        mixed, balance_loss = self.moe(self.moe_norm(x))
-        x = x + mixed
-        return x + self.ffn(self.ffn_norm(x)), balance_loss
+        x, balance_loss = self.moe(self.moe_norm(x), x)
+        return self.ffn(self.ffn_norm(x), x), balance_loss
 
 
 class LowRankMoE(nn.Module):
     """Low-rank experts on a scanned map x and a calibrated map k, routed per sample.
 
-    (B, C, H, W) -> (B, C, H, W) and the balance loss (). Expert e of rank r_e computes
-    W3(W1 x · W2 k); each sample runs through its top-1 expert only.
+    x, residual (added at the end, if any): (B, C, H, W) -> (B, C, H, W) and the balance loss ().
+    Expert e of rank r_e computes W3(W1 x · W2 k); each sample runs through its top-1 expert only.
     """
 
     def __init__(self, channels: int, *, d_state: int, ranks: tuple[int, ...]) -> None:
         super().__init__()
-        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
-        self.expand = nn.Conv2d(channels, 2 * channels, 1)
+        self.conv = FusedConv2d(channels, channels, 3, padding=1, activation="gelu")
+        self.expand = FusedConv2d(channels, 2 * channels, 1)
         self.scan_norm = LayerNorm2d(channels)
         self.scan = Mamba(channels, d_state=d_state)
         self.calibrate = Calibration(channels)
         self.router = TopKRouter(channels, num_experts=len(ranks))
         self.experts = nn.ModuleList(LowRankExpert(channels, rank=rank) for rank in ranks)
-        self.project = nn.Conv2d(channels, channels, 1)
+        self.project = FusedConv2d(channels, channels, 1)
 
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        x = self.expand(F.gelu(self.conv(x)))
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        x = self.expand(self.conv(x))
         x, k = shuffle_channels(x, 2).chunk(2, dim=1)
         x = F.gelu(self.scan(self.scan_norm(x).flatten(2)).view_as(x))
         k = self.calibrate(k)
         choice, weight, balance_loss = self.router(x)
         x = x + weight[:, None, None, None] * self._run_experts(x, k, choice)
-        return self.project(x), balance_loss
+        return self.project(x, residual), balance_loss
 
     def _run_experts(self, x: Tensor, k: Tensor, choice: Tensor) -> Tensor:
         """Each sample through its chosen expert, all samples in three batched products.
@@ -215,16 +215,16 @@ class SpatialModulatingExpert(Recomputed):
 
     def __init__(self, channels: int, *, stripe: int = 11) -> None:
         super().__init__()
-        self.query_value = nn.Conv2d(channels, 2 * channels, 1)
+        self.query_value = FusedConv2d(channels, 2 * channels, 1, activation="gelu")
         self.striped = nn.Sequential(
             DepthwiseConv2d(channels, (1, stripe)),
             DepthwiseConv2d(channels, (stripe, 1)),
         )
-        self.project = nn.Conv2d(channels, channels, 1)
+        self.project = FusedConv2d(channels, channels, 1)
         self.norm = LayerNorm2d(channels)
         self.ffn = GatedFFN(channels)
 
     def forward(self, x: Tensor) -> Tensor:
-        query, value = F.gelu(self.query_value(x)).chunk(2, dim=1)
-        x = x + self.project(self.striped(query) * value)
-        return x + self.ffn(self.norm(x))
+        query, value = self.query_value(x).chunk(2, dim=1)
+        x = self.project(self.striped(query) * value, x)
+        return self.ffn(self.norm(x), x)

@@ -7,7 +7,8 @@ import torch
 from torch import Tensor, nn
 from torchvision.ops import StochasticDepth
 
-from models.layers import LayerNorm2d, Linear2d, Recomputed
+from models.layers import FusedConv2d, LayerNorm2d, Linear2d, Recomputed
+from models.ops.epilogue import epilogue
 from models.ss2d import SS2D
 
 
@@ -76,13 +77,7 @@ class VSSBlock(Recomputed):
         self.norm = LayerNorm2d(channels)
         self.op = SS2D(channels, d_state=d_state, expand=1, use_z_gate=False, conv_bias=False)
         self.norm2 = LayerNorm2d(channels)
-        self.mlp = nn.Sequential(
-            OrderedDict(
-                fc1=Linear2d(channels, int(mlp_ratio * channels)),
-                act=nn.GELU(),
-                fc2=Linear2d(int(mlp_ratio * channels), channels),
-            )
-        )
+        self.mlp = MLP(channels, int(mlp_ratio * channels))
         self.drop_path = StochasticDepth(drop_path, mode="row")
 
     def draw(self, x: Tensor) -> tuple[Tensor, Tensor] | tuple[()]:
@@ -94,12 +89,20 @@ class VSSBlock(Recomputed):
 
     def forward(self, x: Tensor, *keep: Tensor) -> Tensor:
         keep_op, keep_mlp = keep or (None, None)
-        x = x + _scaled(self.op(self.norm(x)), keep_op)
-        return x + _scaled(self.mlp(self.norm2(x)), keep_mlp)
+        x = epilogue(self.op(self.norm(x)), None, factor=keep_op, residual=x)
+        return self.mlp(self.norm2(x), x, keep_mlp)
 
 
-def _scaled(x: Tensor, factor: Tensor | None) -> Tensor:
-    return x if factor is None else x * factor
+class MLP(nn.Module):
+    """residual + factor · (linear, GELU, linear) of a map; factor: one number per image, or 1."""
+
+    def __init__(self, channels: int, hidden: int) -> None:
+        super().__init__()
+        self.fc1 = Linear2d(channels, hidden, activation="gelu")
+        self.fc2 = Linear2d(hidden, channels)
+
+    def forward(self, x: Tensor, residual: Tensor, factor: Tensor | None = None) -> Tensor:
+        return self.fc2(self.fc1(x), residual, factor)
 
 
 def _patch_embed(width: int) -> nn.Sequential:
@@ -107,10 +110,10 @@ def _patch_embed(width: int) -> nn.Sequential:
     return nn.Sequential(
         OrderedDict(
             [
-                ("0", nn.Conv2d(3, width // 2, 3, stride=2, padding=1)),
+                ("0", FusedConv2d(3, width // 2, 3, stride=2, padding=1)),
                 ("2", LayerNorm2d(width // 2)),
                 ("4", nn.GELU()),
-                ("5", nn.Conv2d(width // 2, width, 3, stride=2, padding=1)),
+                ("5", FusedConv2d(width // 2, width, 3, stride=2, padding=1)),
                 ("7", LayerNorm2d(width, is_wide=True)),
             ]
         )
@@ -121,7 +124,7 @@ def _downsample(width: int, next_width: int) -> nn.Sequential:
     return nn.Sequential(
         OrderedDict(
             [
-                ("1", nn.Conv2d(width, next_width, 3, stride=2, padding=1)),
+                ("1", FusedConv2d(width, next_width, 3, stride=2, padding=1)),
                 ("3", LayerNorm2d(next_width, is_wide=True)),
             ]
         )

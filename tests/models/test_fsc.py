@@ -57,9 +57,9 @@ def test_wavelet_branch_without_a_mixer_is_its_embedding(hw):
 def test_spatial_branch_without_mixers_is_its_scales():
     branch = make(SpatialBranch, d_state=2, expand=2)
     torch.nn.init.zeros_(branch.ss2d.out_proj.weight)
-    for convolution in (branch.conv[2],):
-        torch.nn.init.zeros_(convolution.weight)
-        torch.nn.init.zeros_(convolution.bias)
+    convolution = branch.conv.get_submodule("2")
+    torch.nn.init.zeros_(convolution.weight)
+    torch.nn.init.zeros_(convolution.bias)
     torch.nn.init.constant_(branch.scan_scale.scale, 3.0)
     torch.nn.init.constant_(branch.conv_scale.scale, 0.5)
     x = torch.randn(1, 6, 5, 7)

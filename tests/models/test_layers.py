@@ -5,6 +5,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from models import layers
 from models.layers import DepthwiseConv2d, resize, shuffle_channels
 
 SIZES = [((5, 7), (20, 28)), ((3, 4), (7, 9)), ((1, 1), (4, 3)), ((9, 8), (3, 5)), ((6, 6), (6, 6))]
@@ -58,3 +59,23 @@ def test_depthwise_convolution_is_that_of_torch(kernel, bias, activation):
 def test_depthwise_convolution_refuses_an_even_kernel():
     with pytest.raises(ValueError, match=r"odd, .* got \(1, 2, 3, 3\), \(2, 1, 2, 2\)"):
         DepthwiseConv2d(2, 2)(torch.randn(1, 2, 3, 3))
+
+
+@pytest.mark.parametrize("activation", [None, "gelu", "relu"])
+@pytest.mark.parametrize("is_on_gpu", [False, True], ids=["cpu", "gpu"])
+def test_what_follows_a_convolution(activation, is_on_gpu, monkeypatch):
+    """The same whether the product or the pass after it adds the bias."""
+    torch.manual_seed(0)
+    if is_on_gpu:
+        monkeypatch.setattr(layers, "_biases", lambda bias, x: (None, bias))
+    plain = {None: lambda x: x, "gelu": F.gelu, "relu": F.relu}[activation]
+    x, residual = torch.randn(2, 3, 5, 4), torch.randn(2, 6, 5, 4)
+    factor = torch.tensor([0.0, 2.0]).view(2, 1, 1, 1)
+    conv = layers.FusedConv2d(3, 6, 3, padding=1, activation=activation)
+    expected = plain(F.conv2d(x, conv.weight, conv.bias, padding=1))
+    torch.testing.assert_close(conv(x), expected)
+    torch.testing.assert_close(conv(x, residual, factor), residual + factor * expected)
+    linear = layers.Linear2d(3, 6, activation=activation)
+    expected = plain(F.linear(x.movedim(1, 3), linear.weight, linear.bias).movedim(3, 1))
+    torch.testing.assert_close(linear(x), expected)
+    torch.testing.assert_close(linear(x, residual, factor), residual + factor * expected)

@@ -140,7 +140,12 @@ def test_wrong_arguments_are_named(wrong, message):
 @pytest.mark.skipif(INTERPRETED, reason="the interpreter takes CPU tensors")
 def test_triton_refuses_cpu_tensors():
     with pytest.raises(RuntimeError, match="needs GPU tensors, got cpu"):
-        epilogue(torch.ones(1, 2, 3, 4), None, backend="triton")
+        epilogue(torch.ones(1, 2, 3, 4), torch.ones(2), backend="triton")
+
+
+def test_nothing_that_follows_costs_nothing():
+    x = torch.ones(1, 2, 3, 4)
+    assert epilogue(x, None) is x
 
 
 @with_triton

@@ -28,12 +28,14 @@ def epilogue(
         backend: "reference", "triton", or "auto": triton on a GPU, unless in float64.
     Returns:
         Of x's shape and dtype; with a residual, of the dtype that both promote to. Computed in
-        float32 where that is narrower.
+        float32 where that is narrower. x itself where nothing follows.
     Raises:
         ValueError: an unknown activation or backend, shapes that do not fit x, or a factor that
             requires a gradient.
     """
     _check(x, bias, activation, factor, residual)
+    if bias is activation is factor is residual is None:
+        return x
     if backend == "auto":
         is_fast = x.is_cuda and result_dtype(x, residual) != torch.float64 and has_triton()
         backend = "triton" if is_fast else "reference"
