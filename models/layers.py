@@ -150,13 +150,18 @@ class BatchNorm2d(nn.BatchNorm2d):
 
 
 class ReplicateConv2d(nn.Conv2d):
-    """A 3x3 convolution of the map with its border repeated: no dark frame, as zeros would draw."""
+    """A 3x3 convolution of the map with its border repeated: no dark frame, as zeros would draw.
+
+    Channels of x beyond the layer's own do not count.
+    """
 
     def __init__(self, in_channels: int, out_channels: int, *, bias: bool = True) -> None:
         super().__init__(in_channels, out_channels, 3, bias=bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        return super().forward(replicate_pad(x, 1, 1, 1, 1))
+        unused = x.shape[1] - self.in_channels
+        weight = F.pad(self.weight, (0, 0, 0, 0, 0, unused)) if unused else self.weight
+        return F.conv2d(replicate_pad(x, 1, 1, 1, 1), weight, self.bias)
 
 
 class ChannelScale(nn.Module):

@@ -45,6 +45,19 @@ def test_fusion_head_stays_in_range(hw):
     assert fused.max() <= 1
 
 
+def test_fusion_head_is_the_same_with_channels_to_fill(monkeypatch):
+    """As on a GPU, where zero maps make the channels a multiple of four."""
+    torch.manual_seed(0)
+    for hidden in (4, 8):
+        head = FusionHead(WIDTHS, hidden=hidden).eval()
+        maps, (rgb, thermal) = stage_maps((64, 96)), torch.rand(2, 2, 3, 64, 96)
+        expected = head(maps, maps, rgb, thermal)
+        missing = -head.fuse[0].in_channels % 4
+        assert missing > 0
+        monkeypatch.setattr(head, "_filling", lambda x, n=missing: [torch.zeros_like(x)[:, :n]])
+        torch.testing.assert_close(head(maps, maps, rgb, thermal), expected)
+
+
 def test_fusion_head_draws_no_frame():
     """Even maps and images give an even fused image, up to its outermost pixels."""
     torch.manual_seed(0)

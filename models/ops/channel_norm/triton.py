@@ -67,8 +67,8 @@ def _(x, weight, bias, eps, dtype):
 @torch.library.custom_op("cmfs::channel_norm_backward", mutates_args=())
 def _backward(
     grad_y: Tensor, x: Tensor, weight: Tensor, mean: Tensor, rstd: Tensor, is_centered: bool
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of x, weight and bias."""
+) -> tuple[Tensor, Tensor]:
+    """The gradient of x; those of weight and bias side by side (2, C), float32."""
     grad_y, x = grad_y.contiguous(), x.contiguous()
     batch, channels = x.shape[:2]
     cut, grad_x = _cut(x), torch.empty_like(x)
@@ -94,14 +94,13 @@ def _backward(
                 PIXELS=cut.pixels,
                 num_warps=cut.warps,
             )
-    for_weight, for_bias = (part.sum(0).to(weight.dtype) for part in parts.unbind(1))
-    return grad_x, for_weight, for_bias
+    return grad_x, parts.sum(0)
 
 
 @_backward.register_fake
 def _(grad_y, x, weight, mean, rstd, is_centered):
     grad_x = torch.empty_like(x, memory_format=torch.contiguous_format)
-    return grad_x, torch.empty_like(weight), torch.empty_like(weight)
+    return grad_x, weight.new_empty((2, *weight.shape), dtype=torch.float32)
 
 
 def _setup_context(ctx, inputs, output) -> None:
@@ -111,7 +110,8 @@ def _setup_context(ctx, inputs, output) -> None:
 
 
 def _differentiate(ctx, grad_y: Tensor, _grad_mean: Tensor, _grad_rstd: Tensor):
-    for_x, for_weight, for_bias = _backward(grad_y, *ctx.saved_tensors, ctx.is_centered)
+    for_x, sums = _backward(grad_y, *ctx.saved_tensors, ctx.is_centered)
+    for_weight, for_bias = sums.to(ctx.saved_tensors[1].dtype)
     return for_x, for_weight, for_bias if ctx.is_centered else None, None, None
 
 

@@ -186,7 +186,7 @@ def _sums_kernel(
 ):
     """Of `rounds` blocks of lanes the sums that make the gradients of the filter and the bias.
 
-    parts: (programs, C, taps + 1). With SILU the convolution is made anew, and its gradient, that
+    parts: (programs, C · taps + C). With SILU the convolution is made anew, and its gradient, that
     of y times SiLU's slope, is stored in grad_z; without, that is grad_y itself.
     """
     channel, image = tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)
@@ -214,6 +214,8 @@ def _sums_kernel(
             z = grad_z + image * tl.num_programs(1) * height * width + plane
             _store(z, gradients, row, column, height, width, inside, ROWS, PAIR)
         sums = _add_products(sums, gradients, values, ROWS, KH, KW)
-    part = (image * tl.num_programs(0) + tl.program_id(0)) * tl.num_programs(1) + channel
-    for k in tl.static_range(KH * KW + 1):
-        tl.store(parts + part * (KH * KW + 1) + k, tl.sum(sums[k], 0))
+    channels = tl.num_programs(1)
+    parts += (image * tl.num_programs(0) + tl.program_id(0)) * channels * (KH * KW + 1)
+    for k in tl.static_range(KH * KW):
+        tl.store(parts + channel * (KH * KW) + k, tl.sum(sums[k], 0))
+    tl.store(parts + channels * (KH * KW) + channel, tl.sum(sums[KH * KW], 0))

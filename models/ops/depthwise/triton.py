@@ -61,21 +61,16 @@ def _(x, weight, bias, silu):
 @torch.library.custom_op("cmfs::depthwise_conv_backward", mutates_args=())
 def _backward(
     grad_y: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, silu: bool
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of x, weight and bias (an unused vector if that is absent)."""
-    grad_z, for_weight, for_bias = _sum(grad_y, x, weight, bias, silu=silu)
-    for_bias = weight.new_empty(0) if bias is None else for_bias.to(bias.dtype)
-    return (
-        _convolve(grad_z, weight, None, flip=True),
-        for_weight.view(weight.shape).to(weight.dtype),
-        for_bias,
-    )
+) -> tuple[Tensor, Tensor]:
+    """The gradient of x; those of weight and bias one after the other (C · taps + C,), float32."""
+    grad_z, sums = _sum(grad_y, x, weight, bias, silu=silu)
+    return _convolve(grad_z, weight, None, flip=True), sums
 
 
 @_backward.register_fake
 def _(grad_y, x, weight, bias, silu):
-    for_bias = weight.new_empty(0) if bias is None else bias.new_empty(bias.shape)
-    return x.new_empty(x.shape), weight.new_empty(weight.shape), for_bias
+    sums = weight.new_empty(weight.numel() + x.shape[1], dtype=torch.float32)
+    return x.new_empty(x.shape), sums
 
 
 def _setup_context(ctx, inputs, output) -> None:
@@ -85,8 +80,10 @@ def _setup_context(ctx, inputs, output) -> None:
 
 def _differentiate(ctx, grad_y: Tensor) -> tuple[Tensor | None, ...]:
     x, weight, bias = ctx.saved_tensors
-    grad_x, for_weight, for_bias = _backward(grad_y, x, weight, bias, ctx.silu)
-    return grad_x, for_weight, None if bias is None else for_bias, None
+    grad_x, sums = _backward(grad_y, x, weight, bias, ctx.silu)
+    for_weight, for_bias = sums.split([weight.numel(), weight.shape[0]])
+    for_weight = for_weight.view_as(weight).to(weight.dtype)
+    return grad_x, for_weight, None if bias is None else for_bias.to(bias.dtype), None
 
 
 _forward.register_autograd(_differentiate, setup_context=_setup_context)
@@ -125,8 +122,8 @@ def _convolve(
 
 def _sum(
     grad_y: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, *, silu: bool
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The convolution's gradient before SiLU, that of weight (C, taps) and of bias, float32."""
+) -> tuple[Tensor, Tensor]:
+    """The convolution's gradient before SiLU; those of weight and bias, as _backward."""
     (x, stride), (grad_y, grad_stride) = _with_planes(x), _with_planes(grad_y)
     weight, bias = contiguous(weight, bias)
     batch, channels, height, width = x.shape
@@ -135,7 +132,7 @@ def _sum(
     rounds = max(1, triton.cdiv(blocks * channels * batch, _PROGRAMS))
     programs = triton.cdiv(blocks, rounds)
     taps = weight.shape[2] * weight.shape[3]
-    parts = x.new_empty((batch * programs, channels, taps + 1), dtype=torch.float32)
+    parts = x.new_empty((batch * programs, channels * (taps + 1)), dtype=torch.float32)
     grad_z = x.new_empty(x.shape) if silu else grad_y
     if x.numel():
         with on_device(x):
@@ -159,7 +156,7 @@ def _sum(
                 LANES=tile.lanes,
                 num_warps=tile.warps,
             )
-    return grad_z, parts[..., :taps].sum(0), parts[..., taps].sum(0)
+    return grad_z, parts.sum(0)
 
 
 def _fit(tile: _Tile, x: Tensor, weight: Tensor) -> _Tile:

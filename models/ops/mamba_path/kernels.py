@@ -98,7 +98,7 @@ def _conv_gradient_kernel(
 ):
     """The gradient of what SiLU was taken of, and of weight and bias.
 
-    gradient (batch, D, L) in the order of y; parts (batch, D, token blocks, WIDTH + 1).
+    gradient (batch, D, L) in the order of y; parts (batch, token blocks, D · WIDTH + D).
     """
     channel, token, inside = _place(channels, length, ROWS, TOKENS)
     image = tl.program_id(2).to(tl.int64)
@@ -110,13 +110,11 @@ def _conv_gradient_kernel(
     out *= _silu_slope(before, _sigmoid(before))
     at = own_rows[:, None] + token[None, :]
     tl.store(gradient + at, out.to(gradient.dtype.element_ty), mask=inside)
-    part = parts + ((image * channels + channel) * tl.num_programs(0) + tl.program_id(0)) * (
-        WIDTH + 1
-    )
-    tl.store(part + WIDTH, tl.sum(out, 1), mask=valid)
+    parts += (image * tl.num_programs(0) + tl.program_id(0)) * channels * (WIDTH + 1)
+    tl.store(parts + channels * WIDTH + channel, tl.sum(out, 1), mask=valid)
     for k in tl.static_range(WIDTH):
         tap = _take(x, rows, token - (WIDTH - 1 - k), length, valid, FLIP)
-        tl.store(part + k, tl.sum(out * tap, 1), mask=valid)
+        tl.store(parts + channel * WIDTH + k, tl.sum(out * tap, 1), mask=valid)
 
 
 @triton.jit(do_not_specialize=SIZES)

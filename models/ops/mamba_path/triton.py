@@ -76,15 +76,15 @@ def _(x, weight, bias, flip):
 @torch.library.custom_op("cmfs::conv_silu_backward", mutates_args=())
 def _conv_backward(
     grad_y: Tensor, x: Tensor, weight: Tensor, bias: Tensor, flip: bool
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of x, weight and bias."""
+) -> tuple[Tensor, Tensor]:
+    """The gradient of x; those of weight and bias one after the other (D · K + D,), float32."""
     x, stride = _with_rows(x)
     grad_y, weight, bias = grad_y.contiguous(), weight.contiguous(), bias.contiguous()
     gradient, grad_x = (x.new_empty(x.shape) for _ in range(2))
     blocks, _, batch = grid = _grid(x)
     width = weight.shape[1]
     cut = {"WIDTH": width, "FLIP": flip, "ROWS": _TILE.rows, "TOKENS": _TILE.tokens}
-    parts = x.new_empty((batch, x.shape[1], blocks, width + 1), dtype=torch.float32)
+    parts = x.new_empty((batch, blocks, x.shape[1] * (width + 1)), dtype=torch.float32)
     if x.numel():
         with on_device(x):
             _conv_gradient_kernel[grid](
@@ -93,18 +93,13 @@ def _conv_backward(
             _conv_input_gradient_kernel[grid](
                 gradient, weight, grad_x, x.shape[2], x.shape[1], **cut
             )
-    for_weight, for_bias = parts.sum((0, 2)).split([width, 1], dim=1)
-    return grad_x, for_weight.to(weight.dtype, copy=True), for_bias[:, 0].to(bias.dtype, copy=True)
+    return grad_x, parts.sum((0, 1))
 
 
 @_conv_backward.register_fake
 def _(grad_y, x, weight, bias, flip):
-    whole = torch.contiguous_format
-    return (
-        x.new_empty(x.shape),
-        torch.empty_like(weight, memory_format=whole),
-        torch.empty_like(bias, memory_format=whole),
-    )
+    sums = weight.new_empty(weight.numel() + bias.numel(), dtype=torch.float32)
+    return x.new_empty(x.shape), sums
 
 
 @torch.library.custom_op("cmfs::mamba_gate", mutates_args=())
@@ -161,7 +156,10 @@ def _setup_conv(ctx, inputs, output) -> None:
 
 
 def _differentiate_conv(ctx, grad_y: Tensor) -> tuple[Tensor | None, ...]:
-    return *_conv_backward(grad_y, *ctx.saved_tensors, ctx.flip), None
+    x, weight, bias = ctx.saved_tensors
+    grad_x, sums = _conv_backward(grad_y, x, weight, bias, ctx.flip)
+    for_weight, for_bias = sums.split([weight.numel(), bias.numel()])
+    return grad_x, for_weight.view_as(weight).to(weight.dtype), for_bias.to(bias.dtype), None
 
 
 def _setup_gate(ctx, inputs, output) -> None:
