@@ -5,7 +5,8 @@
 
 Random images and weights; medians of the timed repeats after a warm-up; one table per call.
 "kept" is what a training forward leaves for the gradient; "replayed" the forward as eval.py and
-predict.py run it on a GPU, and the training step as train.cuda_graph has it, as CUDA graphs.
+predict.py run it on a GPU, and the training step as train.cuda_graph has it, as CUDA graphs; "in
+turn" the same forward without parts side by side.
 """
 
 import argparse
@@ -15,6 +16,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from unittest import mock
 
 import torch
 from torch import nn
@@ -27,7 +29,7 @@ from dataloader.packing import Sample
 from engine.graphs import GraphedModel
 from engine.state import build_state
 from engine.step import recorded_steps, train_step
-from models import CMFS, build_model
+from models import CMFS, branches, build_model
 from utils.distributed import Devices
 from utils.environment import environment_info
 
@@ -46,10 +48,10 @@ def main() -> None:
     arguments = parser.parse_args()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     print(f"machine: {environment_info()}")
-    columns = ("scan", "precision", "forward b1 ms", "peak GB", "replayed ms")
+    columns = ("scan", "precision", "forward b1 ms", "peak GB", "replayed ms", "in turn ms")
     columns += ("batch", "recompute", "train step ms", "replayed ms", "peak GB", "kept GB")
     print(f"| {' | '.join(columns)} |")
-    print("|" + "---|" * 11)
+    print("|" + "---|" * len(columns))
     for backend in arguments.backend:
         config = load_config(
             "msrs",
@@ -68,6 +70,9 @@ def main() -> None:
                 measure(forward_once(network, config, device, precision), device, arguments)
                 for network in (model, GraphedModel(model))
             )
+            with mock.patch.object(branches, "_is_recorded_inference", return_value=False):
+                run = forward_once(GraphedModel(model), config, device, precision)
+                in_turn, _ = measure(run, device, arguments)
             for recompute in arguments.recompute:
                 model.set_recompute(recompute == "true")
                 with step_once(model, config, device, precision, False) as run:
@@ -79,7 +84,8 @@ def main() -> None:
                 left = kept(model, config, device, precision, arguments.batch)
                 print(
                     f"| {backend} | {precision} | {forward[0]:.1f} | {forward[1]:.2f} "
-                    f"| {replayed[0]:.1f} | {arguments.batch} | {recompute} | {train[0]:.1f} "
+                    f"| {replayed[0]:.1f} | {in_turn:.1f} | {arguments.batch} | {recompute} "
+                    f"| {train[0]:.1f} "
                     f"| {f'{again[0]:.1f}' if again else '–'} | {train[1]:.2f} | {left:.2f} |",
                     flush=True,
                 )

@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from models.ops.padding import replicate_pad
+from models.ops.padding import crop, replicate_pad
 
 
 @pytest.mark.parametrize("sides", [(1, 1, 1, 1), (0, 3, 0, 2), (2, 0, 0, 0), (0, 0, 1, 4)], ids=str)
@@ -23,3 +23,9 @@ def test_equals_the_built_in_one(hw, sides):
 def test_nothing_to_add_costs_nothing():
     x = torch.randn(1, 2, 3, 4)
     assert replicate_pad(x, 0, 0, 0, 0) is x
+
+
+def test_crop_is_the_top_left_and_a_whole_map_itself():
+    x = torch.randn(2, 3, 5, 7)
+    assert torch.equal(crop(x, (4, 6)), x[:, :, :4, :6])
+    assert crop(x, (5, 7)) is x
