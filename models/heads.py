@@ -87,13 +87,16 @@ class FusionHead(nn.Module):
         embeddings = [*self.rgb_embed, *self.thermal_embed]
         maps = [*rgb_maps, *thermal_maps]
         layers = [resize(e(x), image_hw) for e, x in zip(embeddings, maps, strict=True)]
-        x = self.fuse(torch.cat([*layers, rgb, thermal, *self._filling(rgb)], dim=1))
+        images = (x.to(layers[0].dtype) for x in (rgb, thermal, *self._filling(rgb)))
+        x = self.fuse(torch.cat([*layers, *images], dim=1))
         return torch.sigmoid(at_least_float32(self.project(self.detail(x))))
 
     def _filling(self, rgb: Tensor) -> list[Tensor]:
         """On a GPU, zeros up to a multiple of four channels, which is what TF32 kernels load."""
-        missing = -self.fuse[0].in_channels % 4 if rgb.is_cuda else 0
-        return [torch.zeros_like(rgb[:, :1]).expand(-1, missing, -1, -1)] * (missing > 0)
+        missing = -self.fuse[0].in_channels % 4
+        if missing == 0 or not rgb.is_cuda:
+            return []
+        return [rgb.new_zeros(len(rgb), missing, *rgb.shape[2:])]
 
 
 class GradientResidualBlock(Recomputed):
