@@ -135,6 +135,16 @@ def test_bfloat16_autocast(model):
     assert (rounded.logits.float() - exact.logits).norm() / exact.logits.norm() < 0.1
 
 
+@pytest.mark.slow
+def test_compiles_without_a_graph_break(model):
+    pair = list(images((32, 40)))
+    model.eval()
+    compiled = torch.compile(model, fullgraph=True, backend="eager")
+    with torch.no_grad():
+        for ours, expected in zip(compiled(*pair), model(*pair), strict=True):
+            torch.testing.assert_close(ours, expected)
+
+
 def test_one_channel_thermal_is_repeated(model):
     model.eval()
     rgb, thermal = images((32, 40))
