@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from models import CMFS, CMFSOutput
+from models.branches import side_streams
 from models.ops.ss2d_scan import orders_read
 from utils.errors import InputError
 
@@ -70,8 +71,12 @@ class _Graph:
     def __init__(self, model: CMFS, rgb: Tensor, thermal: Tensor) -> None:
         self._inputs = (rgb.float().clone(), thermal.float().clone())
         self._graph = torch.cuda.CUDAGraph()
-        graph = torch.cuda.graph(self._graph)
-        with torch.cuda.device(rgb.device), orders_read() as self._orders, graph:
+        with (
+            torch.cuda.device(rgb.device),
+            orders_read() as self._orders,
+            torch.cuda.graph(self._graph, stream=torch.cuda.Stream()),  # on this device
+            side_streams(),
+        ):
             self._output = model(*self._inputs)
 
     def __call__(self, rgb: Tensor, thermal: Tensor) -> CMFSOutput:
@@ -135,10 +140,13 @@ class GraphedGradient:
         before = [p.grad for p in self._parameters]
         for parameter in self._parameters:
             parameter.grad = None
-        # thread_local: a loader's thread may pin memory meanwhile
-        graph = torch.cuda.graph(self._graph, capture_error_mode="thread_local")
         try:
-            with torch.cuda.device(device), orders_read() as self._orders, graph:
+            with (
+                torch.cuda.device(device),
+                orders_read() as self._orders,
+                # thread_local: a loader's thread may pin memory meanwhile
+                torch.cuda.graph(self._graph, capture_error_mode="thread_local"),
+            ):
                 self._result = self._compute(*self._arguments)
         except torch.cuda.OutOfMemoryError:
             raise

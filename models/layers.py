@@ -152,7 +152,7 @@ class BatchNorm2d(nn.BatchNorm2d):
 class ReplicateConv2d(nn.Conv2d):
     """A 3x3 convolution of the map with its border repeated: no dark frame, as zeros would draw.
 
-    Channels of x beyond the layer's own do not count.
+    Channels of x beyond the layer's own do not count; with fewer it raises a ValueError.
     """
 
     def __init__(self, in_channels: int, out_channels: int, *, bias: bool = True) -> None:
@@ -160,6 +160,8 @@ class ReplicateConv2d(nn.Conv2d):
 
     def forward(self, x: Tensor) -> Tensor:
         unused = x.shape[1] - self.in_channels
+        if unused < 0:
+            raise ValueError(f"expected {self.in_channels} channels, got {x.shape[1]}")
         weight = F.pad(self.weight, (0, 0, 0, 0, 0, unused)) if unused else self.weight
         return F.conv2d(replicate_pad(x, 1, 1, 1, 1), weight, self.bias)
 

@@ -179,17 +179,21 @@ class TestOnGPU:
             torch.testing.assert_close(ours.fused, expected.fused, rtol=1e-4, atol=1e-4)
 
     def test_branches_leave_one_another_alone(self):
-        """The paper's network, whose parts run side by side: the same numbers, many times over."""
+        """The paper's network, whose parts run side by side: the same numbers, many times over.
+
+        Again in further recordings: streams are given out in turn, and come again.
+        """
         torch.manual_seed(0)
         model = build_model(load_config("mfnet", SETTINGS)).to("cuda").eval()
-        graphed = GraphedModel(model)
-        for seed in range(12):
-            inputs = pair(96, 160, seed, device="cuda")
-            with torch.inference_mode():
-                expected = model(*inputs)
-            ours = graphed(*inputs)
-            torch.testing.assert_close(ours.logits, expected.logits, rtol=1e-4, atol=1e-4)
-            torch.testing.assert_close(ours.fused, expected.fused, rtol=1e-4, atol=1e-4)
+        for _ in range(8):
+            graphed = GraphedModel(model)
+            for seed in range(6):
+                inputs = pair(96, 160, seed, device="cuda")
+                with torch.inference_mode():
+                    expected = model(*inputs)
+                ours = graphed(*inputs)
+                torch.testing.assert_close(ours.logits, expected.logits, rtol=1e-4, atol=1e-4)
+                torch.testing.assert_close(ours.fused, expected.fused, rtol=1e-4, atol=1e-4)
 
     def test_sees_weights_that_change_in_place(self):
         model = make_model("cuda")

@@ -79,3 +79,18 @@ def test_what_follows_a_convolution(activation, is_on_gpu, monkeypatch):
     expected = plain(F.linear(x.movedim(1, 3), linear.weight, linear.bias).movedim(3, 1))
     torch.testing.assert_close(linear(x), expected)
     torch.testing.assert_close(linear(x, residual, factor), residual + factor * expected)
+
+
+def test_channels_beyond_its_own_do_not_count_for_a_replicate_conv():
+    layer, x = layers.ReplicateConv2d(3, 2), torch.randn(1, 5, 4, 6)
+    torch.testing.assert_close(layer(x), layer(x[:, :3]))
+    with pytest.raises(ValueError, match="expected 3 channels, got 2"):
+        layer(x[:, :2])
+
+
+def test_resize_s_gradient_is_not_rounded_by_autocast():
+    x = torch.randn(1, 2, 3, 5, requires_grad=True)
+    expected = torch.autograd.grad(resize(x, (9, 11)).square().sum(), x)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = torch.autograd.grad(resize(x, (9, 11)).square().sum(), x)
+    torch.testing.assert_close(found, expected)

@@ -44,8 +44,10 @@ def channel_norm(
         is_fast = x.is_cuda and x.dtype != torch.float64 and has_triton()
         backend = "triton" if is_fast else "reference"
     if backend == "reference":
-        wide = x.to(torch.promote_types(x.dtype, dtype))
-        return channel_norm_reference(wide, weight, bias, eps).to(dtype)
+        # rms_norm warns of a map that is narrower than its weight
+        wide = torch.promote_types(dtype, torch.float32 if bias is None else dtype)
+        x = x.to(torch.promote_types(x.dtype, wide))
+        return channel_norm_reference(x, weight, bias, eps).to(dtype)
     if backend == "triton":
         from models.ops.channel_norm.triton import channel_norm_triton
 

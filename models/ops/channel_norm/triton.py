@@ -110,8 +110,9 @@ def _setup_context(ctx, inputs, output) -> None:
 
 
 def _differentiate(ctx, grad_y: Tensor, _grad_mean: Tensor, _grad_rstd: Tensor):
-    for_x, sums = _backward(grad_y, *ctx.saved_tensors, ctx.is_centered)
-    for_weight, for_bias = sums.to(ctx.saved_tensors[1].dtype)
+    x, weight, mean, rstd = ctx.saved_tensors  # once: a recomputed tensor is given out once
+    for_x, sums = _backward(grad_y, x, weight, mean, rstd, ctx.is_centered)
+    for_weight, for_bias = sums.to(weight.dtype)
     return for_x, for_weight, for_bias if ctx.is_centered else None, None, None
 
 

@@ -29,7 +29,8 @@ def resize_gradient(grad: Tensor, height: int, width: int) -> Tensor:
     """The gradient of a map (B, C, height, width) from that of its resized version."""
     rows = _interpolation_matrix(height, grad.shape[2], grad)
     columns = _interpolation_matrix(width, grad.shape[3], grad)
-    return rows.mT @ (grad @ columns)
+    with torch.autocast(grad.device.type, enabled=False):
+        return rows.mT @ (grad @ columns)
 
 
 def _interpolation_matrix(size: int, resized: int, like: Tensor) -> Tensor:
