@@ -1,5 +1,6 @@
 """Prediction and training on a GPU without launching thousands of kernels one by one."""
 
+import contextlib
 from collections import Counter, OrderedDict
 from collections.abc import Callable
 from typing import Any
@@ -13,6 +14,7 @@ from models.branches import side_streams
 from models.ops.ss2d_scan import orders_read
 from utils.errors import InputError
 
+_SIDE_BY_SIDE_PIXELS = 2**19  # of a batch: more fill a GPU, and parts side by side share no memory
 _EAGER_CALLS = 2  # kernels are compiled and chosen, and constants made, before a graph is recorded
 
 
@@ -71,11 +73,12 @@ class _Graph:
     def __init__(self, model: CMFS, rgb: Tensor, thermal: Tensor) -> None:
         self._inputs = (rgb.float().clone(), thermal.float().clone())
         self._graph = torch.cuda.CUDAGraph()
+        is_small = rgb[:, 0].numel() <= _SIDE_BY_SIDE_PIXELS
         with (
             torch.cuda.device(rgb.device),
             orders_read() as self._orders,
             torch.cuda.graph(self._graph, stream=torch.cuda.Stream()),  # on this device
-            side_streams(),
+            side_streams() if is_small else contextlib.nullcontext(),
         ):
             self._output = model(*self._inputs)
 

@@ -10,7 +10,7 @@ from torch import nn
 from configs import load_config
 from engine import graphs
 from engine.graphs import GraphedGradient, GraphedModel
-from models import build_model
+from models import branches, build_model
 from models.ops.ss2d_scan.orders import scan_orders
 from utils.errors import InputError
 
@@ -132,6 +132,24 @@ def test_replayed_gradients_add_up_as_launched_ones(graphs_on_cpu, parts):
         torch.testing.assert_close(gradients[1], gradients[0])
     assert graphed.is_recorded
     torch.testing.assert_close(results[1::2], results[0::2])  # a replay leaves earlier ones alone
+
+
+@pytest.mark.parametrize(("height", "is_side_by_side"), [(512, True), (513, False)])
+def test_parts_of_small_images_alone_run_side_by_side(
+    graphs_on_cpu, monkeypatch, height, is_side_by_side
+):
+    """Those of large ones fill a GPU by themselves, and would take several times the memory."""
+    found = []
+    monkeypatch.setattr(torch.cuda, "Stream", lambda: None)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: None)
+
+    def network(rgb, thermal):
+        found.append(branches._streams.get() is not None)
+        return rgb
+
+    image = torch.zeros(1, 1, 1, 1).expand(1, 3, height, 1024)
+    graphs._Graph(network, image, image)
+    assert found == [is_side_by_side]
 
 
 def test_a_recording_holds_the_scan_orders_that_it_reads(graphs_on_cpu):
