@@ -79,6 +79,8 @@ def fit(
     log.info("text prior: %s", state.model.text_prior.source)
     warn_of_collapse(config)
     log.info("begins after step %d of %d", state.step, state.total_steps)
+    if devices.device.type == "cuda":
+        log.info("on a new machine the first step compiles GPU kernels, for a minute or so")
     report = RunReport(
         folder, from_step=state.step, total_steps=state.total_steps, is_enabled=is_main_process()
     )
