@@ -6,6 +6,7 @@ On a CPU the kernels' code runs in an emulator, and NVRTC compiles it for GPUs t
 import ctypes
 import importlib.util
 import itertools
+import locale
 import threading
 from pathlib import Path
 
@@ -284,11 +285,13 @@ def test_compiles_for_absent_gpus(dtype, states, architecture, monkeypatch):
     assert {source for source, _ in asked} > {"reorder.cu"}
     names = [path.name for path in FOLDER.glob("*.cu*")]
     texts = {name: (FOLDER / name).read_bytes() for name in names}
+    before = locale.nl_langinfo(locale.CODESET)
     for source, definitions in asked:
         if architecture < 80:  # these cannot copy to shared memory by themselves
             definitions = [d.replace("PREFETCH=1", "PREFETCH=0") for d in definitions]
         options = (f"--gpu-architecture=sm_{architecture}", *(f"-D{d}" for d in definitions))
         assert library._compile(nvrtc(), source, texts, options).startswith(b"\x7fELF")
+    assert locale.nl_langinfo(locale.CODESET) == before  # text files stay UTF-8
 
 
 @needs_nvrtc

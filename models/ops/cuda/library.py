@@ -9,6 +9,7 @@ import ctypes
 import functools
 import hashlib
 import logging
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
@@ -207,7 +208,10 @@ def _compile(
     )
     try:
         encoded = (ctypes.c_char_p * len(options))(*(option.encode() for option in options))
-        status = library.nvrtcCompileProgram(program, len(options), encoded)
+        # in a thread of its own, which NVRTC of CUDA 12.1 leaves with the locale "C": text is ASCII
+        with ThreadPoolExecutor(1) as pool:
+            compiling = pool.submit(library.nvrtcCompileProgram, program, len(options), encoded)
+            status = compiling.result()
         if status:
             size = ctypes.c_size_t()
             library.nvrtcGetProgramLogSize(program, ctypes.byref(size))
