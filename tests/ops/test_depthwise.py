@@ -5,6 +5,7 @@ import torch
 import torch.nn.functional as F
 
 from models.ops.depthwise import depthwise_conv
+from models.ops.layout import with_dense_images
 from models.ops.triton_support import has_triton_tuples
 from tests.ops.interpreter import (
     INTERPRETED,
@@ -205,10 +206,8 @@ def test_interpreted_other_layouts(turn):
 
 @interpreted
 def test_interpreted_channels_of_a_wider_tensor_are_not_copied():
-    from models.ops.depthwise import triton as module
-
     x, *_ = make_inputs((2, 3, 4, 5), (3, 3))
-    used, stride = module._with_planes(x)
+    used, stride = with_dense_images(x)
     assert (used.data_ptr(), stride) == (x.data_ptr(), 6 * 4 * 5)
 
 

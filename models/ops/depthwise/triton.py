@@ -12,7 +12,7 @@ import triton
 from torch import Tensor
 
 from models.ops.depthwise.kernels import _conv_kernel, _sums_kernel
-from models.ops.layout import contiguous
+from models.ops.layout import contiguous, with_dense_images
 from models.ops.triton_support import INTERPRETED, check_tensor, has_triton_tuples, on_device
 
 
@@ -92,7 +92,7 @@ _forward.register_autograd(_differentiate, setup_context=_setup_context)
 def _convolve(
     x: Tensor, weight: Tensor, bias: Tensor | None, *, silu: bool = False, flip: bool = False
 ) -> Tensor:
-    x, stride = _with_planes(x)
+    x, stride = with_dense_images(x)
     weight, bias = contiguous(weight, bias)
     y = x.new_empty(x.shape)
     if x.numel():
@@ -124,7 +124,7 @@ def _sum(
     grad_y: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, *, silu: bool
 ) -> tuple[Tensor, Tensor]:
     """The convolution's gradient before SiLU; those of weight and bias, as _backward."""
-    (x, stride), (grad_y, grad_stride) = _with_planes(x), _with_planes(grad_y)
+    (x, stride), (grad_y, grad_stride) = with_dense_images(x), with_dense_images(grad_y)
     weight, bias = contiguous(weight, bias)
     batch, channels, height, width = x.shape
     tile = _fit(_SUMS, x, weight)
@@ -181,11 +181,3 @@ def _count(x: Tensor, tile: _Tile) -> tuple[int, int]:
 def _pair(x: Tensor) -> int:
     """Bytes of two values, if pairs of columns have an address that is a multiple of it; or 0."""
     return 0 if x.shape[3] % 2 else 2 * x.element_size()
-
-
-def _with_planes(x: Tensor) -> tuple[Tensor, int]:
-    """x with contiguous planes side by side, copied only if they are not, and its batch stride."""
-    _, _, height, width = x.shape
-    if x.stride()[1:] != (height * width, width, 1):
-        x = x.contiguous()
-    return x, x.stride(0)

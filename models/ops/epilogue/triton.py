@@ -13,6 +13,7 @@ from torch import Tensor
 
 from models.ops.epilogue.kernels import _epilogue_gradient_kernel, _epilogue_kernel
 from models.ops.epilogue.reference import result_dtype
+from models.ops.layout import with_dense_images
 from models.ops.triton_support import INTERPRETED, check_tensor, on_device
 
 
@@ -67,7 +68,7 @@ def _forward(
     if not x.numel():
         return y
     x, x_stride = _with_rows(x)
-    residual, residual_stride = (None, 0) if residual is None else _with_rows(residual)
+    residual, residual_stride = _with_rows(residual)
     bias, factor = _dense(bias), _dense(factor)
     batch, channels, length = x.shape
     tile = _tile(length)
@@ -113,7 +114,7 @@ def _backward(
     if not grad_y.numel():
         return grad_x, grad_bias.zero_()
     grad_y, grad_stride = _with_rows(grad_y)
-    x, x_stride = (None, 0) if x is None else _with_rows(x)
+    x, x_stride = _with_rows(x)
     bias, factor = _dense(bias), _dense(factor)
     batch, channels, length = grad_y.shape
     tile = _tile(length)
@@ -204,12 +205,9 @@ def _tile(length: int) -> _Tile:
     return _tuning.small if length < _tuning.large_from else _tuning.large
 
 
-def _with_rows(x: Tensor) -> tuple[Tensor, int]:
-    """x (B, C, L) with contiguous channels, copied only if they are not, and its batch stride."""
-    x = x.flatten(2)
-    if x.stride()[1:] != (x.shape[2], 1):
-        x = x.contiguous()
-    return x, x.stride(0)
+def _with_rows(x: Tensor | None) -> tuple[Tensor | None, int]:
+    """x (B, C, L) with its batch stride, as with_dense_images."""
+    return (None, 0) if x is None else with_dense_images(x.flatten(2))
 
 
 def _dense(x: Tensor | None) -> Tensor | None:

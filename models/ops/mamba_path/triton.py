@@ -10,7 +10,7 @@ import torch
 import triton
 from torch import Tensor
 
-from models.ops.layout import contiguous
+from models.ops.layout import contiguous, with_dense_images
 from models.ops.mamba_path.kernels import (
     _conv_gradient_kernel,
     _conv_input_gradient_kernel,
@@ -47,7 +47,7 @@ def gate_triton(y: Tensor, flipped: Tensor | None, z: Tensor) -> Tensor:
 
 @torch.library.custom_op("cmfs::conv_silu", mutates_args=())
 def _conv(x: Tensor, weight: Tensor, bias: Tensor, flip: bool) -> Tensor:
-    x, stride = _with_rows(x)
+    x, stride = with_dense_images(x)
     weight, bias = weight.contiguous(), bias.contiguous()
     y = x.new_empty(x.shape)
     if x.numel():
@@ -78,7 +78,7 @@ def _conv_backward(
     grad_y: Tensor, x: Tensor, weight: Tensor, bias: Tensor, flip: bool
 ) -> tuple[Tensor, Tensor]:
     """The gradient of x; those of weight and bias one after the other (D · K + D,), float32."""
-    x, stride = _with_rows(x)
+    x, stride = with_dense_images(x)
     grad_y, weight, bias = grad_y.contiguous(), weight.contiguous(), bias.contiguous()
     gradient, grad_x = (x.new_empty(x.shape) for _ in range(2))
     blocks, _, batch = grid = _grid(x)
@@ -104,7 +104,7 @@ def _(grad_y, x, weight, bias, flip):
 
 @torch.library.custom_op("cmfs::mamba_gate", mutates_args=())
 def _gate(y: Tensor, flipped: Tensor | None, z: Tensor) -> Tensor:
-    (y, flipped), (z, stride) = contiguous(y, flipped), _with_rows(z)
+    (y, flipped), (z, stride) = contiguous(y, flipped), with_dense_images(z)
     out = y.new_empty(y.shape, dtype=torch.promote_types(y.dtype, z.dtype))
     if y.numel():
         with on_device(y):
@@ -123,7 +123,7 @@ def _gate_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of y, flipped (an unused vector if that is absent) and z."""
     grad_out, y, flipped = contiguous(grad_out, y, flipped)
-    z, stride = _with_rows(z)
+    z, stride = with_dense_images(z)
     grad_y, grad_z = y.new_empty(y.shape), z.new_empty(z.shape)
     grad_flipped = y.new_empty(0) if flipped is None else flipped.new_empty(y.shape)
     if y.numel():
@@ -179,10 +179,3 @@ _gate.register_autograd(_differentiate_gate, setup_context=_setup_gate)
 def _grid(x: Tensor) -> tuple[int, int, int]:
     batch, channels, length = x.shape
     return triton.cdiv(length, _TILE.tokens), triton.cdiv(channels, _TILE.rows), batch
-
-
-def _with_rows(x: Tensor) -> tuple[Tensor, int]:
-    """x with contiguous channels, copied only if they are not, and its stride between images."""
-    if x.stride()[1:] != (x.shape[2], 1):
-        x = x.contiguous()
-    return x, x.stride(0)
