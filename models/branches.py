@@ -39,6 +39,11 @@ class _Streams:
 _streams: ContextVar[_Streams | None] = ContextVar("_streams", default=None)
 
 
+def _recording() -> _Streams | None:
+    """Of the recording that goes on; a compiler sees none."""
+    return None if torch.compiler.is_compiling() else _streams.get()
+
+
 @contextmanager
 def side_streams() -> Iterator[None]:
     """Let branches run beside one another: for the recording of an inference forward.
@@ -68,7 +73,7 @@ class Branch(Generic[Result]):
 
     def __init__(self, part: Callable[[], Result]) -> None:
         self._part = part
-        self._streams = None if torch.compiler.is_compiling() else _streams.get()
+        self._streams = _recording()
         self._stream = None if self._streams is None else self._streams.new()
         if self._stream is None:
             self._result = part()
@@ -90,7 +95,7 @@ def side_by_side(
     first: Callable[[], Result], second: Callable[[], Result]
 ) -> tuple[Result, Result]:
     """The results of two parts; where they cannot run side by side, in this order."""
-    if torch.compiler.is_compiling() or _streams.get() is None:
+    if _recording() is None:
         return first(), second()
     branch = Branch(second)
     return first(), branch.result()
