@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from models.ops.channel_norm import channel_norm
+from tests.ops.comparison import assert_near, poisoned_empty
 from tests.ops.interpreter import (
     INTERPRETED,
     interpreted,
@@ -42,16 +43,11 @@ def run(inputs, backend):
 
 def assert_same(inputs, tolerance):
     expected = run([None if x is None else x.double() for x in inputs], "reference")
-    torch.use_deterministic_algorithms(True)  # so that torch.empty is filled with NaN
-    try:
+    with poisoned_empty():
         ours = run(inputs, "triton")
-    finally:
-        torch.use_deterministic_algorithms(False)
     names = ("y", "x", "weight", "bias")[: len(ours)]
     for name, result, goal in zip(names, ours, expected, strict=True):
-        assert result.isfinite().all(), name
-        error = (result.double() - goal).norm() / goal.norm().clamp_min(1e-12)
-        assert error < tolerance, f"{name}: relative error {error:.2e}"
+        assert_near(name, result, goal, tolerance)
 
 
 def test_reference_is_the_definition():

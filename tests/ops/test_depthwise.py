@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from models.ops.depthwise import depthwise_conv
 from models.ops.layout import with_dense_images
 from models.ops.triton_support import has_triton_tuples
+from tests.ops.comparison import assert_near, poisoned_empty
 from tests.ops.interpreter import (
     INTERPRETED,
     OLD_TRITON,
@@ -51,16 +52,11 @@ def run(inputs, activation, backend):
 
 def assert_same(inputs, activation, tolerance):
     expected = run([x if x is None else x.double() for x in inputs], activation, "reference")
-    torch.use_deterministic_algorithms(True)  # so that torch.empty is filled with NaN
-    try:
+    with poisoned_empty():
         ours = run(inputs, activation, "triton")
-    finally:
-        torch.use_deterministic_algorithms(False)
     names = ("y", "x", "weight", "bias")[: len(expected)]
     for name, result, goal in zip(names, ours, expected, strict=True):
-        assert result.isfinite().all(), name
-        error = (result.double() - goal).norm() / goal.norm().clamp_min(1e-12)
-        assert error < tolerance, f"{name}: relative error {error:.2e}"
+        assert_near(name, result, goal, tolerance)
 
 
 @pytest.mark.parametrize("kernel", KERNELS, ids=str)

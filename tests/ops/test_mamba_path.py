@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from models.ops.mamba_path import conv_silu, gate
+from tests.ops.comparison import assert_near, poisoned_empty
 from tests.ops.interpreter import (
     INTERPRETED,
     interpreted,
@@ -46,16 +47,11 @@ def run(inputs, flip, backend):
 
 def assert_same(inputs, flip, tolerance):
     expected = run([x.double() for x in inputs], flip, "reference")
-    torch.use_deterministic_algorithms(True)  # so that torch.empty is filled with NaN
-    try:
+    with poisoned_empty():
         ours = run(inputs, flip, "triton")
-    finally:
-        torch.use_deterministic_algorithms(False)
     names = ("y", "out", "x and z", "weight", "bias", "other")[: len(expected)]
     for name, result, goal in zip(names, ours, expected, strict=True):
-        assert result.isfinite().all(), name
-        error = (result.double() - goal).norm() / goal.norm().clamp_min(1e-12)
-        assert error < tolerance, f"{name}: relative error {error:.2e}"
+        assert_near(name, result, goal, tolerance)
 
 
 @pytest.mark.parametrize("flip", [False, True])
