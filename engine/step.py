@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from configs import Config
 from engine.graphs import GraphedGradient
 from engine.losses import Batch, PixelCounts, count_pixels, joint_loss
+from engine.rounding import call_rounded
 from engine.state import TrainingState
 from utils.distributed import average, gather_objects, largest, reduce_sum, world_size
 
@@ -127,8 +128,7 @@ def _add_gradient(
 ) -> tuple[dict[str, Tensor], Tensor]:
     """Add this part's share of the step's gradient; its losses, and its experts' shares."""
     dtype = _AUTOCAST_DTYPES[config.train.precision]
-    with torch.autocast(batch.rgb.device.type, dtype=dtype, enabled=dtype is not None):
-        output = state.model(batch.rgb, batch.thermal)
+    output = call_rounded(state.model, dtype, batch.rgb, batch.thermal)
     parts = joint_loss(output, batch, config.loss, counts)
     total = parts["total"] / config.train.accumulation
     total = total * torch.where(total.isfinite(), 1.0, torch.nan)

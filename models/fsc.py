@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from models.branches import side_by_side
 from models.layers import (
     ChannelScale,
+    Float32Conv2d,
     FusedConv2d,
     LayerNorm2d,
     Recomputed,
@@ -98,9 +99,9 @@ class FourierBranch(nn.Module):
     def __init__(self, channels: int) -> None:
         super().__init__()
         self.magnitude = nn.Sequential(
-            FusedConv2d(2 * channels, 2 * channels, 1),
+            Float32Conv2d(2 * channels, 2 * channels, 1),
             nn.LeakyReLU(0.1),
-            FusedConv2d(2 * channels, 2 * channels, 1),
+            Float32Conv2d(2 * channels, 2 * channels, 1),
             nn.LeakyReLU(0.1),
         )
         self.reduce = FusedConv2d(2 * channels, channels, 1)

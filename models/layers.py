@@ -83,6 +83,16 @@ class FusedConv2d(nn.Conv2d):
         return epilogue(x, later, activation=self.activation, factor=factor, residual=residual)
 
 
+class Float32Conv2d(FusedConv2d):
+    """A convolution that autocast leaves as it is."""
+
+    def forward(
+        self, x: Tensor, residual: Tensor | None = None, factor: Tensor | None = None
+    ) -> Tensor:
+        with torch.autocast(x.device.type, enabled=False):
+            return super().forward(x, residual, factor)
+
+
 class Linear2d(nn.Linear):
     """A linear layer over the channels of a map, with what follows it as in FusedConv2d.
 
