@@ -17,7 +17,7 @@ struct Reorder {
     long long in_source_stride, in_batch_stride, in_walk_stride, in_part_stride;
     long long out_source_stride, out_batch_stride, out_walk_stride;
     int height, width;  // of out, where it is a map; a map's transpose has them swapped
-    int rows, walks, batch, first_source, tiles, parts;
+    int rows, walks, batch, sources, first_source, tiles, parts;
     int depth;  // rows of a block
 };
 
@@ -25,14 +25,15 @@ struct Spot {
     int source, batch, walk, row, tile;  // row: the first of the block's
 };
 
+// Blocks of both sources come one after the other: what one has read the other finds in the cache.
 __device__ inline Spot take_spot(const Reorder &task) {
     int rest = blockIdx.x, row_blocks = (task.rows + task.depth - 1) / task.depth;
     Spot spot;
     spot.tile = rest % task.tiles, rest /= task.tiles;
+    spot.source = task.first_source + rest % task.sources, rest /= task.sources;
     spot.row = rest % row_blocks * task.depth, rest /= row_blocks;
     spot.walk = rest % task.walks, rest /= task.walks;
-    spot.batch = rest % task.batch, rest /= task.batch;
-    spot.source = task.first_source + rest;
+    spot.batch = rest;
     return spot;
 }
 
@@ -119,13 +120,26 @@ extern "C" __global__ void __launch_bounds__(THREADS) merge(const Reorder task) 
     const TOKENS *second = in + task.in_source_stride, *second_back = second + task.in_walk_stride;
     TOKENS *out = task.out + spot.batch * task.out_batch_stride + (long long)spot.row * length;
     if (task.table != nullptr) {
+        int pixel[SHARE], one[SHARE], other[SHARE];
 #pragma unroll
-        for (int i = threadIdx.x; i < SIDE * SIDE; i += THREADS) {
-            int pixel = spot.tile * SIDE * SIDE + i, at = min(pixel, length - 1);
-            int one = task.table[at], other = task.table[length + at];
-            float sum = to_float(in[one]) + to_float(back[one]);
-            sum += to_float(second[other]) + to_float(second_back[other]);
-            if (pixel < length) from_float(sum, out[pixel]);
+        for (int k = 0; k < SHARE; k++) {
+            pixel[k] = spot.tile * SIDE * SIDE + k * THREADS + threadIdx.x;
+            int at = min(pixel[k], length - 1);
+            one[k] = task.table[at], other[k] = task.table[length + at];
+        }
+        int end = min(task.depth, task.rows - spot.row);
+        for (long long row = 0; row < end; row++) {
+            long long start = row * length;
+            float sum[SHARE];
+#pragma unroll
+            for (int k = 0; k < SHARE; k++) {
+                sum[k] = to_float(in[start + one[k]]) + to_float(back[start + one[k]]);
+                sum[k] += to_float(second[start + other[k]]) +
+                          to_float(second_back[start + other[k]]);
+            }
+#pragma unroll
+            for (int k = 0; k < SHARE; k++)
+                if (pixel[k] < length) from_float(sum[k], out[start + pixel[k]]);
         }
         return;
     }

@@ -24,7 +24,8 @@ class _Arguments(ctypes.Structure):
             "out_source_stride", "out_batch_stride", "out_walk_stride",
         )),
         *((name, ctypes.c_int) for name in (
-            "height", "width", "rows", "walks", "batch", "first_source", "tiles", "parts", "depth",
+            "height", "width", "rows", "walks", "batch", "sources", "first_source",
+            "tiles", "parts", "depth",
         )),
     ]  # fmt: skip
 
@@ -92,13 +93,15 @@ def _launch(
     hw: tuple[int, int],
     table: Tensor | None,
 ) -> None:
-    _, arguments.batch, arguments.walks, arguments.rows = counts
+    arguments.sources, arguments.batch, arguments.walks, arguments.rows = counts
     arguments.height, arguments.width = hw
     arguments.table = None if table is None else table.data_ptr()
     arguments.tiles = math.prod(math.ceil(side / _SIDE) for side in hw)
     tiles = arguments.tiles * math.prod(counts)
     if tiles:
-        arguments.depth = 1 if name == "merge" else min(max(tiles // _ENOUGH_BLOCKS, 1), 8)
+        # a whole map's tiles are merged one by one
+        is_single = name == "merge" and table is None
+        arguments.depth = 1 if is_single else min(max(tiles // _ENOUGH_BLOCKS, 1), 8)
         blocks = tiles // arguments.rows * math.ceil(arguments.rows / arguments.depth)
         definitions = (f"TOKENS={library.TYPES[out.dtype]}",)
         library.launch("reorder.cu", definitions, name, blocks, 256, 0, arguments, out)
