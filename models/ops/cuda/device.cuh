@@ -4,7 +4,6 @@
 #include "numbers.cuh"
 
 #define ALL 0xffffffffu  // lanes
-#define NOT_YET 0xffffffffu
 #define LOG2_E 1.4426950408889634f
 #define LN_2 0.6931471805599453f
 
@@ -14,9 +13,15 @@ __device__ inline float exp2_fast(float x) {
     asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(out) : "f"(x));
     return out;
 }
+__device__ inline float log2_fast(float x) {
+    float out;
+    asm("lg2.approx.ftz.f32 %0, %1;" : "=f"(out) : "f"(x));
+    return out;
+}
 // For the compiler x changes here: it neither looks at it before nor computes it again after.
 __device__ inline void keep(float &x) { asm volatile("" : "+f"(x)); }
 __device__ inline void keep(int &x) { asm volatile("" : "+r"(x)); }
+__device__ inline void keep(long long &x) { asm volatile("" : "+l"(x)); }
 // The same, not to be left to a branch.
 __device__ inline float exp2_always(float x) {
     float out;
@@ -45,9 +50,11 @@ __device__ inline void write_flag(int *flag, int value) {
 #define WHILE_WAITING
 #endif
 
-// log(1 + e^x) to full relative precision; log1p(z) / z on [0, 1] by a polynomial (2e-7).
+// log(1 + e^x). To full relative precision with log1p(z) / z on [0, 1] by a polynomial (2e-7); for
+// tokens of half precision by the GPU's logarithm, to 2e-7 absolutely.
 __device__ inline float softplus(float x) {
     float z = exp2_fast(-fabsf(x) * LOG2_E);
+    if (sizeof(TOKENS) < 4) return fmaf(log2_fast(1.0f + z), LN_2, fmaxf(x, 0.0f));
     float p = 0.005126102361828089f * z - 0.029074065387248993f;
     p = p * z + 0.0775160863995552f;
     p = p * z - 0.13602247834205627f;
@@ -59,12 +66,14 @@ __device__ inline float softplus(float x) {
     return fmaxf(x, 0.0f) + p * z;
 }
 
-// The slope of softplus where its value is dt: 1 - e^-dt, by its series where dt is small.
+// The slope of softplus where its value is dt: 1 - e^-dt, by its series where dt is small
+// (but for half precision).
 __device__ inline float softplus_slope(float dt) {
+    float large = 1.0f - exp2_always(-dt * LOG2_E);
+    if (sizeof(TOKENS) < 4) return large;
     float p = dt * (1.0f / 120) - (1.0f / 24);
     p = p * dt + 1.0f / 6;
     p = p * dt - 0.5f;
     p = p * dt + 1.0f;
-    float large = 1.0f - exp2_always(-dt * LOG2_E);
     return dt < 0.125f ? dt * p : large;
 }

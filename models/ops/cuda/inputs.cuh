@@ -16,76 +16,87 @@ __device__ inline void stage(const MATRIX *const (&from)[matrices], int count, f
 #pragma unroll
         for (int k = 1; k < matrices; k++)
             if (k == kind) matrix = from[k];
+        int at = place.chunk * CHUNK + part * STEPS;
         float value[STEPS];
-        load_tokens(matrix + (long long)row * scan.length, place.chunk * CHUNK + part * STEPS,
-                    scan.length, place.reversed, value);
+        matrix += (long long)row * scan.length + place_of(at, scan.length, place.reversed);
+        load_tokens(matrix, scan.length - at, place.reversed, value);
         write_tile(tile + (row * spacing + kind) * TILE_ROW + part / SEGMENT * WARP_ROW +
                        part % SEGMENT,
                    value);
     }
 }
 
-// Rows of dt_low from `first` on: all that there are, or as many as shared memory holds.
+// Rows of dt_low from `first` on: all that there are, or as many as shared memory holds at a time.
 __device__ inline void stage_low(const Scan &scan, const Place &place, int first, float4 *tile) {
     const MATRIX *low[1] = {scan.low + place.matrix + (long long)first * scan.length};
     stage(low, min(scan.rank - first, 2 * STAGE), tile, 1, scan, place);
 }
 
+// Rows of dt_low in shared memory.
+__device__ inline int low_rows(const Scan &scan) { return LOW ? min(scan.rank, 2 * STAGE) : 0; }
+
 __device__ inline void fetch_inputs(const Scan &scan, const Place &place, const Self &self,
                                     const Rows &rows, Four<TOKENS> *slots,
                                     Four<TOKENS> *delta_slots) {
     EACH_ROW {
-        long long start = (long long)rows.row[r] * scan.length;
-        fetch_tokens(scan.u + place.shared + start, slots, r, self.at, scan.length,
-                     place.reversed);
-        if (scan.low == nullptr)
-            fetch_tokens(scan.delta + place.own + start, delta_slots, r, self.at, scan.length,
+        long long at = tokens_of(scan, rows, r);
+        fetch_tokens(scan.u + place.shared + at, slots, r, rows.left[r], place.reversed);
+        if (!LOW)
+            fetch_tokens(scan.delta + place.own + at, delta_slots, r, rows.left[r],
                          place.reversed);
     }
 }
 
 __device__ inline void fetch_gradients(const Scan &scan, const Place &place, const Self &self,
                                        const Rows &rows, Four<TOKENS> *slots) {
-    EACH_ROW fetch_tokens(scan.grad_y + place.grad + (long long)rows.row[r] * scan.length, slots,
-                          r, self.at, scan.length, place.reversed);
+    EACH_ROW fetch_tokens(scan.grad_y + place.grad + tokens_of(scan, rows, r), slots, r,
+                          rows.left[r], place.reversed);
 }
 
-// dt of a warp's rows, given or made of the rows of dt_low in `tile`; 0 past the end and in rows
-// that are not there: these change nothing.
-__device__ inline void step_sizes(const Scan &scan, const Place &place, const Self &self,
-                                  const Rows &rows, const Scalars &scalars,
-                                  const Four<TOKENS> *slots, float4 *tile,
-                                  float (&dt)[ROWS][STEPS]) {
-    if (scan.low == nullptr) {
-        EACH_ROW take_tokens(scan.delta + place.own + (long long)rows.row[r] * scan.length, slots,
-                             r, self.at, scan.length, place.reversed, dt[r]);
-    } else {
-        EACH_ROW EACH_STEP dt[r][i] = 0.0f;
-        for (int first = 0; first < scan.rank; first += 2 * STAGE) {
-            int count = min(scan.rank - first, 2 * STAGE);
-            if (scan.rank > 2 * STAGE) {  // else they are there
-                __syncthreads();
-                stage_low(scan, place, first, tile);
-                __syncthreads();
-            }
-            const float *weight[ROWS];
-            EACH_ROW weight[r] =
-                scan.weight + channel_of(scan, place, rows, r) * scan.rank + first;
+// What belongs to a channel, in shared memory: bias, skip, and A (later the rate) of its states.
+#define ROW_SCALARS (2 + RATES)
+
+// dt of a warp's rows before bias and softplus: given, or made of the rows of dt_low in `tile`.
+__device__ inline void begin_steps(const Scan &scan, const Place &place, const Self &self,
+                                   const Rows &rows, const Four<TOKENS> *slots, float4 *tile,
+                                   float (&dt)[ROWS][STEPS]) {
+    if (!LOW) {
+        EACH_ROW take_tokens(scan.delta + place.own + tokens_of(scan, rows, r), slots, r,
+                             rows.left[r], place.reversed, dt[r]);
+        return;
+    }
+    EACH_ROW EACH_STEP dt[r][i] = 0.0f;
+    for (int first = 0; first < scan.rank; first += 2 * STAGE) {
+        int count = min(scan.rank - first, 2 * STAGE);
+        if (scan.rank > 2 * STAGE) {  // else they are there
+            __syncthreads();
+            stage_low(scan, place, first, tile);
+            __syncthreads();
+        }
+        const float *weight[ROWS];
+        EACH_ROW {
+            long long row = (long long)place.group * scan.channels;
+            row += min(rows.first + r, scan.channels - 1);
+            weight[r] = scan.weight + row * scan.rank + first;
+        }
+        const float4 *own = tile + self.token_warp * WARP_ROW + self.lane;
 #pragma unroll 2
-            for (int k = 0; k < count; k++) {
-                float value[STEPS];
-                read_tile(tile + k * TILE_ROW + self.token_warp * WARP_ROW + self.lane, value);
-                EACH_ROW {
-                    float w = weight[r][k];
-                    EACH_STEP dt[r][i] = fmaf(w, value[i], dt[r][i]);
-                }
+        for (int k = 0; k < count; k++) {
+            float value[STEPS];
+            read_tile(own, value);
+            EACH_ROW {
+                float w = *weight[r]++;
+                EACH_STEP dt[r][i] = fmaf(w, value[i], dt[r][i]);
             }
+            own += TILE_ROW;
         }
     }
-    EACH_ROW EACH_STEP dt[r][i] += scalars.bias[r];
+}
+
+// dt from that; 0 past the end and in rows that are not there: these change nothing.
+__device__ inline void finish_steps(const Scan &scan, const Rows &rows, const float *scalars,
+                                    float (&dt)[ROWS][STEPS]) {
+    EACH_ROW EACH_STEP dt[r][i] += scalars[r * ROW_SCALARS];
     if (scan.softplus) EACH_ROW EACH_STEP dt[r][i] = softplus(dt[r][i]);
-    EACH_ROW {
-        int count = rows.is_there[r] ? scan.length - self.at : 0;
-        if (count < STEPS) EACH_STEP if (i >= count) dt[r][i] = 0.0f;
-    }
+    EACH_ROW if (rows.left[r] < STEPS) EACH_STEP if (i >= rows.left[r]) dt[r][i] = 0.0f;
 }

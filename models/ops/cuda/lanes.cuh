@@ -89,6 +89,11 @@ __device__ inline void sum_down(const float (&x)[ROWS], int lane, float (&sum)[R
     }
 }
 
+// What lane k of this lane's segment has.
+__device__ inline unsigned of_lane(unsigned x, int k) {
+    return __shfl_sync(ALL, x, k * SEGMENTS + threadIdx.x % SEGMENTS);
+}
+
 // What enters a lane: what the one before hands on, into the first what enters the segment.
 __device__ inline float from_lane_before(float handed, float entering, int lane) {
     handed = __shfl_up_sync(ALL, handed, SEGMENTS);

@@ -23,6 +23,31 @@ _FOLDER = Path(__file__).parent
 TYPES = {torch.float32: "float", torch.bfloat16: "bf16", torch.float16: "half"}
 _LEAST_CAPABILITY = (7, 0)  # of a GPU: loads and stores that others see in order
 _SHARED_BYTES_ATTRIBUTE = 8  # CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
+_EARLY_CAPABILITY = (9, 0)  # of a GPU that starts a kernel while the one before it ends
+_EARLY_DRIVER = 12_030  # and of a driver that can record that in a graph
+
+
+class _Attribute(ctypes.Structure):
+    """The driver's CUlaunchAttribute."""
+
+    _fields_ = [("id", ctypes.c_int), ("gap", ctypes.c_int), ("value", ctypes.c_int),
+                ("rest", ctypes.c_int * 15)]  # fmt: skip
+
+
+_EARLY = _Attribute(id=6, value=1)  # CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
+
+
+class _Launch(ctypes.Structure):
+    """The driver's CUlaunchConfig."""
+
+    _fields_ = [
+        ("grid", ctypes.c_uint * 3),
+        ("block", ctypes.c_uint * 3),
+        ("shared_bytes", ctypes.c_uint),
+        ("stream", ctypes.c_void_p),
+        ("attributes", ctypes.POINTER(_Attribute)),
+        ("attribute_count", ctypes.c_uint),
+    ]
 
 
 class Kernels:
@@ -39,9 +64,19 @@ class Kernels:
         self._shared_bytes: dict[str, int] = {}
 
     def launch(
-        self, name: str, blocks: int, threads: int, shared_bytes: int, arguments: ctypes.Structure
+        self,
+        name: str,
+        blocks: int,
+        threads: int,
+        shared_bytes: int,
+        arguments: ctypes.Structure,
+        *,
+        starts_early: bool,
     ) -> None:
-        """Start a kernel that takes `arguments` on the current stream."""
+        """Start a kernel that takes `arguments` on the current stream.
+
+        starts_early: it waits for the kernel before it by itself.
+        """
         # a thread that has not used the device yet, as autograd's, has no context
         self._check(self._driver.cuCtxSetCurrent(self._context))
         function = self._functions.get(name)
@@ -57,13 +92,16 @@ class Kernels:
                 self._driver.cuFuncSetAttribute(function, _SHARED_BYTES_ATTRIBUTE, shared_bytes)
             )
             self._shared_bytes[name] = shared_bytes
-        stream = ctypes.c_void_p(torch.cuda.current_stream().cuda_stream)
-        pointers = (ctypes.c_void_p * 1)(ctypes.addressof(arguments))
-        self._check(
-            self._driver.cuLaunchKernel(
-                function, blocks, 1, 1, threads, 1, 1, shared_bytes, stream, pointers, None
-            )
+        launch = _Launch(
+            grid=(blocks, 1, 1),
+            block=(threads, 1, 1),
+            shared_bytes=shared_bytes,
+            stream=torch.cuda.current_stream().cuda_stream,
+            attributes=ctypes.pointer(_EARLY),
+            attribute_count=int(starts_early),
         )
+        pointers = (ctypes.c_void_p * 1)(ctypes.addressof(arguments))
+        self._check(self._driver.cuLaunchKernelEx(ctypes.byref(launch), function, pointers, None))
 
     def _check(self, status: int) -> None:
         if status:
@@ -119,6 +157,15 @@ def copies_to_shared(device: torch.device) -> bool:
     return torch.cuda.get_device_capability(device) >= (8, 0)
 
 
+@functools.cache
+def _starts_early(device: torch.device) -> bool:
+    """Whether a kernel may be launched while the one before it runs (numbers.cuh: it waits)."""
+    version = ctypes.c_int()
+    _load_library().cuDriverGetVersion(ctypes.byref(version))
+    capability = torch.cuda.get_device_capability(device)
+    return capability >= _EARLY_CAPABILITY and version.value >= _EARLY_DRIVER
+
+
 def launch(
     source: str,
     definitions: tuple[str, ...],
@@ -132,7 +179,14 @@ def launch(
     """Start kernel `name` of a source in this folder on the current stream of like's device."""
     with torch.cuda.device(like.device):
         kernels = load_kernels(like.device.index, source, definitions)
-        kernels.launch(name, blocks, threads, shared_bytes, arguments)
+        kernels.launch(
+            name,
+            blocks,
+            threads,
+            shared_bytes,
+            arguments,
+            starts_early=_starts_early(like.device),
+        )
 
 
 @functools.cache

@@ -1,7 +1,8 @@
-// Types of the kernels' tensors; arithmetic is in float32.
+// Types of the kernels' tensors; arithmetic is in float32. How a kernel begins.
 #pragma once
 
 #define LANES 32
+#define NOT_YET 0xffffffffu
 #ifndef CMFS_EMULATED
 #define DYNAMIC_SHARED(type, name) extern __shared__ type name[]
 #endif
@@ -36,3 +37,11 @@ __device__ inline void from_float(float x, bf16 &out) {
 #endif
 }
 #endif
+
+// Each kernel begins so. It is launched while the one before it may still run, and lets the next be
+// launched: what that takes is over by the time that there is room on the GPU.
+__device__ inline void wait_for_kernel_before() {
+#if !defined(CMFS_EMULATED) && __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.launch_dependents; griddepcontrol.wait;" ::: "memory");
+#endif
+}

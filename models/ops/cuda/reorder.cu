@@ -27,6 +27,7 @@ struct Spot {
 
 // Blocks of both sources come one after the other: what one has read the other finds in the cache.
 __device__ inline Spot take_spot(const Reorder &task) {
+    wait_for_kernel_before();
     int rest = blockIdx.x, row_blocks = (task.rows + task.depth - 1) / task.depth;
     Spot spot;
     spot.tile = rest % task.tiles, rest /= task.tiles;

@@ -20,9 +20,10 @@
 // Compiled for one of the kernels with macros: TOKENS and MATRIX (float, bf16 or half: type of u,
 // delta, y; of B, C, dt_low), SEGMENT, STEPS, ROWS, TOKEN_WARPS and ROW_WARPS (of a block), BLOCKS
 // (on a multiprocessor at least, which divide its registers), STAGE (states of B and C, or half the
-// rows of dt_low, in shared memory at a time), REVERSIBLE (1: there are two walks), ALIGNED (1: the
-// length is a multiple of four and so is each row's address) and PREFETCH (1: aligned, and the GPU
-// copies to shared memory by itself).
+// rows of dt_low, in shared memory at a time), REVERSIBLE (1: there are two walks), LOW (1: dt is
+// made of dt_low; 0: it is given), ALIGNED (1: the length is a multiple of four and so is each
+// row's address) and PREFETCH (1: aligned, and the GPU copies to shared memory by itself). Each
+// source defines RATES, the states whose rates are in shared memory at a time.
 #pragma once
 
 #include "device.cuh"
@@ -40,7 +41,7 @@
 // that each group has for itself, the plain ones of those that the walks of a source share.
 struct Scan {
     const TOKENS *u, *delta;
-    const MATRIX *low, *B, *C;  // low: dt_low, or null where delta is given
+    const MATRIX *low, *B, *C;  // low: dt_low
     const float *A, *D, *bias, *weight;  // (groups, channels[, states or rank]); A or log(-A)
     TOKENS *y;
     float *borders;  // what chunks hand on
@@ -65,16 +66,34 @@ struct Place {
     int group, source, batch, chunk, block;
     int reversed;
     long long shared, grad, own, matrix;  // offsets of a group's first channel, and of its B
+    long long border;  // of what the first state of the first channel hands on
+    long long sums;    // of the first channel's sums over tokens
 };
 
 // Of a thread.
 struct Self {
     int lane, token_warp, row_warp;  // lane: of its segment
     int at;                          // its first step
+    int from;                        // where that lies in a row
 };
+
+// Where a step of a row lies; of a reversed one, if it is aligned, where the four from it on begin.
+__device__ inline int place_of(int step, int length, bool reversed) {
+    return REVERSIBLE && reversed ? length - (ALIGNED ? 4 : 1) - step : step;
+}
+
+// From the border after a chunk to that after the next.
+__device__ inline long long border_stride(const Scan &scan) {
+    return (long long)scan.states * scan.channels;
+}
+
+// Which warp of its block this is; the compiler sees that all lanes agree, and computes what
+// depends on it once a warp.
+__device__ inline int warp_of_block() { return __shfl_sync(ALL, (int)threadIdx.x / LANES, 0); }
 
 // Where this block works; blocks that start later never have an earlier chunk.
 __device__ inline void take_place(const Scan &scan, bool backward, Place &place, Self &self) {
+    wait_for_kernel_before();
     if (threadIdx.x == 0) {
         int rest = atomicAdd(scan.ticket, 1) + 1;  // it begins as NOT_YET, -1
         place.block = rest % scan.blocks, rest /= scan.blocks;
@@ -91,55 +110,58 @@ __device__ inline void take_place(const Scan &scan, bool backward, Place &place,
                     walk * scan.own_walk_stride;
         place.matrix = source * scan.matrix_source_stride + batch * scan.matrix_batch_stride +
                        walk * scan.matrix_walk_stride;
+        // borders are (batch, groups, chunks - 1, states, channels)
+        place.border = ((batch * scan.groups + place.group) * (scan.chunks - 1) + place.chunk) *
+                       border_stride(scan);
+        place.sums = ((batch * scan.chunks + place.chunk) * TOKEN_WARPS * scan.groups +
+                      place.group) *
+                     scan.channels * (scan.states + 2);
     }
     __syncthreads();
-    int warp = threadIdx.x / LANES;
+    int warp = warp_of_block();
     self.lane = threadIdx.x % LANES / SEGMENTS;
-    self.token_warp = warp % TOKEN_WARPS, self.row_warp = warp / TOKEN_WARPS;
+    self.token_warp = warp % TOKEN_WARPS, self.row_warp = ROW_WARPS == 1 ? 0 : warp / TOKEN_WARPS;
     self.at = place.chunk * CHUNK + (self.token_warp * SEGMENT + self.lane) * STEPS;
+    self.from = place_of(self.at, scan.length, place.reversed);
 }
 
 // The channels of a lane in one pass.
 struct Rows {
-    int row[ROWS];  // within the group; of one that is not there, the last that is
+    int first;  // within the group; may not be there
     bool is_there[ROWS];
-    int first;  // of a pair; may not be there
+    int left[ROWS];    // steps from the lane's first on; none in a channel that is not there
+    long long tokens;  // where the first channel's lie, from the group's first channel on
 };
+
+#define BLOCK_ROWS (ROW_WARPS * WARP_ROWS)  // in one pass
+
+__device__ inline void find_there(const Scan &scan, const Self &self, Rows &rows) {
+    EACH_ROW {
+        rows.is_there[r] = rows.first + r < scan.channels;
+        rows.left[r] = rows.is_there[r] ? scan.length - self.at : 0;
+    }
+}
 
 __device__ inline Rows rows_of(const Scan &scan, const Place &place, const Self &self, int pass) {
     Rows rows;
-    rows.first = ((place.block * scan.passes + pass) * ROW_WARPS + self.row_warp) * WARP_ROWS;
-    rows.first += threadIdx.x % SEGMENTS * ROWS;
-    EACH_ROW {
-        rows.is_there[r] = rows.first + r < scan.channels;
-        rows.row[r] = min(rows.first + r, scan.channels - 1);
-    }
+    rows.first = (place.block * scan.passes + pass) * BLOCK_ROWS + self.row_warp * WARP_ROWS +
+                 threadIdx.x % SEGMENTS * ROWS;
+    rows.tokens = (long long)rows.first * scan.length + self.from;
+    find_there(scan, self, rows);
     return rows;
 }
 
-// Where the border after chunk `chunk` of a row's state lies. Borders are (batch, groups,
-// chunks - 1, states, channels).
-__device__ inline long long border_of(const Scan &scan, const Place &place, int row, int state,
-                                      int chunk) {
-    long long sequence = (long long)place.batch * scan.groups + place.group;
-    return ((sequence * (scan.chunks - 1) + chunk) * scan.states + state) * scan.channels + row;
+// Those of the next pass.
+__device__ inline Rows rows_after(const Scan &scan, const Self &self, Rows rows) {
+    rows.first += BLOCK_ROWS;
+    rows.tokens += (long long)BLOCK_ROWS * scan.length;
+    find_there(scan, self, rows);
+    return rows;
 }
 
-// What belongs to the channels.
-struct Scalars {
-    float bias[ROWS], skip[ROWS];
-    float rates[ROWS];  // of 16 states, one a lane
-};
-
-__device__ inline long long channel_of(const Scan &scan, const Place &place, const Rows &rows,
-                                       int r) {
-    return (long long)place.group * scan.channels + rows.row[r];
-}
-
-__device__ inline void load_rates(const Scan &scan, const Place &place, const Rows &rows,
-                                  int first, Scalars &scalars) {
-    int n = min(first + (int)threadIdx.x % LANES / SEGMENTS % 16, scan.states - 1);
-    EACH_ROW scalars.rates[r] = scan.A[channel_of(scan, place, rows, r) * scan.states + n];
+// Where a channel's tokens lie.
+__device__ inline long long tokens_of(const Scan &scan, const Rows &rows, int r) {
+    return rows.tokens + (long long)r * scan.length;
 }
 
 // The rate of decay for base 2, from what A holds.
@@ -150,20 +172,4 @@ __device__ inline float rate_of(const Scan &scan, float A) {
 // The gradient of what A holds, from that of the rate for base e.
 __device__ inline float for_held(const Scan &scan, float for_rate, float rate) {
     return scan.has_logs ? for_rate * rate * (1.0f / LOG2_E) : for_rate;
-}
-
-// What lane k of this lane's segment has.
-__device__ inline float of_lane(float x, int k) {
-    return __shfl_sync(ALL, x, k * SEGMENTS + threadIdx.x % SEGMENTS);
-}
-
-__device__ inline Scalars scalars_of(const Scan &scan, const Place &place, const Rows &rows) {
-    Scalars scalars;
-    EACH_ROW {
-        long long channel = channel_of(scan, place, rows, r);
-        scalars.bias[r] = scan.bias == nullptr ? 0.0f : scan.bias[channel];
-        scalars.skip[r] = scan.D == nullptr ? 0.0f : scan.D[channel];
-    }
-    load_rates(scan, place, rows, 0, scalars);
-    return scalars;
 }

@@ -204,10 +204,18 @@ def scan_backward(
     return parts, rows.sum(0)
 
 
+class _Clear(ctypes.Structure):
+    """The struct Clear of clear.cu."""
+
+    _fields_ = [("words", ctypes.c_void_p), ("count", ctypes.c_longlong)]
+
+
 def _not_yet(count: int, like: Tensor) -> Tensor:
-    """Words of which none can be read yet (NOT_YET in device.cuh), the last of them the counter."""
-    words = torch.full((count,), -1, dtype=torch.int32, device=like.device)
-    return words.view(torch.float32)
+    """Words that cannot be read yet (NOT_YET in numbers.cuh), the last of them the counter."""
+    words = torch.empty(count, dtype=torch.float32, device=like.device)
+    task = _Clear(words=words.data_ptr(), count=count)
+    library.launch("clear.cu", (), "clear", math.ceil(count / 256), 256, 0, task, words)
+    return words
 
 
 def _arguments(name: str, scan: Scan, own: Tensor, borders: Tensor) -> _Arguments:
@@ -259,20 +267,23 @@ def _arguments(name: str, scan: Scan, own: Tensor, borders: Tensor) -> _Argument
     )
 
 
-def _shared_memory(name: str, scan: Scan, layout: _Layout, stage: int) -> tuple[int, int]:
+def _shared_memory(
+    name: str, scan: Scan, layout: _Layout, stage: int, passes: int
+) -> tuple[int, int]:
     """Bytes that a block keeps in shared memory; bytes more for what is copied there ahead."""
     is_backward = name == "backward"
     arrays = 1 + 2 * is_backward + (scan.delta is not None)
     copied = arrays * layout.rows * layout.steps * layout.threads * scan.u[0].itemsize
     tile_rows = min(scan.rank, 2 * stage)  # of a chunk each
     lines = 0
+    rates = 1 if layout.single else stage
     if layout.single:
         tile_rows += 2 * (is_backward and layout.row_warps > 1)
     else:
         tile_rows += 2 * min(scan.states, stage) * (1 + is_backward)
         lines = is_backward * layout.row_warps * layout.rows * 2 * 8 * 36  # LINES of a block
-        copied += 2 * layout.block_rows * 18 * 4  # SCALAR_SLOTS
-    return 4 * (layout.chunk * tile_rows + lines), copied
+    scalars = passes * layout.block_rows * (2 + rates)
+    return 4 * (layout.chunk * tile_rows + lines + scalars), copied
 
 
 def _launch(name: str, scan: Scan, arguments: _Arguments, others: tuple[Tensor, ...]) -> None:
@@ -281,7 +292,7 @@ def _launch(name: str, scan: Scan, arguments: _Arguments, others: tuple[Tensor, 
         x.data_ptr() % (4 * x.element_size()) == 0 for x in tensors if x is not None
     )
     layout, stage = _layout(name, scan), _plan(scan).stage
-    kept, copied = _shared_memory(name, scan, layout, stage)
+    kept, copied = _shared_memory(name, scan, layout, stage, arguments.passes)
     has_copies = is_aligned and library.copies_to_shared(scan.A.device)
     has_copies &= kept + copied <= library.shared_bytes(scan.A.device)
     definitions = {
@@ -290,6 +301,7 @@ def _launch(name: str, scan: Scan, arguments: _Arguments, others: tuple[Tensor, 
         **{name.upper(): value for name, value in layout._asdict().items() if name != "single"},
         "STAGE": stage,
         "REVERSIBLE": int(arguments.groups > arguments.sources),
+        "LOW": int(scan.low is not None),
         "ALIGNED": int(is_aligned),
         "PREFETCH": int(has_copies),
     }

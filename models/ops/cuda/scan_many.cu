@@ -1,69 +1,70 @@
 // The selective scan of many states a channel, forward and backward.
 //
 // A block brings B and C of its chunk to shared memory and walks through the states; a warp's rows
-// take over each state from the chunk before, one word a row. With the numbers of rows, tokens and
-// states that occur, a chunk is rarely at a state before the chunk before has passed it.
+// take over each state from the chunk before, one word a row. The more rows there are, the further
+// that is ahead: by a whole pass where rows alone fill the GPU, else by a few states.
 //
-// The forward joins the lanes of a segment state by state, by exchange. The backward, which joins
-// them in both directions, does so for a group of states at once: each lane leaves what its tokens
-// do to a state in shared memory, joins all lanes for one state, and walks its own tokens again.
+// The forward joins the lanes of a segment state by state, by exchange; each lane asks ahead, for
+// one state, for what the chunk before hands on. The backward, which joins lanes both ways, does so
+// for a group of states at once: each lane leaves what its tokens do to a state in shared memory,
+// joins all lanes for one state, and walks its own tokens again.
+
+#define RATES STAGE
 
 #include "steps.cuh"
 
-// Scalars on their way through shared memory, a pass ahead like the tokens: of each row of a warp
-// the bias, the skip and A of the first 16 states. A warp has two sets, used in turn.
-#define ROW_SCALARS 18
-#define SCALARS (WARP_ROWS * ROW_SCALARS)
-#define SCALAR_SLOTS (THREADS / LANES * 2 * SCALARS)  // of a block
-
-__device__ inline float *scalar_slots_of(float *slots, int pass) {
-    return slots + ((int)threadIdx.x / LANES * 2 + pass % 2) * SCALARS +
-           (int)threadIdx.x % SEGMENTS * ROWS * ROW_SCALARS;
+// Scalars of all channels of a warp, in shared memory.
+__device__ inline float *scalars_of_warp(const Scan &scan, float *scalars) {
+    return scalars + (int)threadIdx.x / LANES * scan.passes * WARP_ROWS * ROW_SCALARS;
 }
 
-__device__ inline void fetch_scalars(const Scan &scan, const Place &place, const Rows &rows,
-                                     float *slots, int pass) {
-#if PREFETCH
-    float *slot = scalar_slots_of(slots, pass);
-    int n = threadIdx.x % LANES / SEGMENTS;
-    EACH_ROW {
-        long long channel = channel_of(scan, place, rows, r);
-        const float *own = n == 0 ? scan.bias : scan.D;
-        if (n < 2)
-            copy_later<4>(slot + r * ROW_SCALARS + n, own == nullptr ? scan.A : own + channel,
-                          own != nullptr);
-        if (n < min(scan.states, 16))
-            copy_later<4>(slot + r * ROW_SCALARS + 2 + n, scan.A + channel * scan.states + n, true);
-    }
-#endif
+// Those of a lane's first channel in a pass.
+__device__ inline float *scalars_of(float *scalars, int pass) {
+    return scalars + (pass * WARP_ROWS + (int)threadIdx.x % SEGMENTS * ROWS) * ROW_SCALARS;
 }
 
-__device__ inline Scalars take_scalars(const Scan &scan, const Place &place, const Rows &rows,
-                                       float *slots, int pass) {
+// Bring one there; 0 where it is not.
+__device__ inline void fetch_scalar(float *to, const float *from, bool is_there) {
 #if PREFETCH
-    Scalars scalars;
-    const float *slot = scalar_slots_of(slots, pass);
-    int n = threadIdx.x % LANES / SEGMENTS % 16;
-    __syncwarp();  // lanes fetched for one another
-    EACH_ROW {
-        scalars.bias[r] = slot[r * ROW_SCALARS], scalars.skip[r] = slot[r * ROW_SCALARS + 1];
-        scalars.rates[r] = slot[r * ROW_SCALARS + 2 + min(n, scan.states - 1)];
-    }
-    return scalars;
+    copy_later<4>(to, from, is_there);
 #else
-    return scalars_of(scan, place, rows);
+    *to = is_there ? *from : 0.0f;
 #endif
 }
 
-// The rates of states `first` on, for base 2; those of the first came with the other scalars.
-__device__ inline void begin_rates(const Scan &scan, const Place &place, const Rows &rows,
-                                   int first, Scalars &scalars) {
-    if (first > 0) load_rates(scan, place, rows, first, scalars);
-    EACH_ROW scalars.rates[r] = rate_of(scan, scalars.rates[r]);
+// Bring them there, with A of states [first, first + count): each lane one of these, for as many
+// passes at a time as there are lanes for.
+__device__ inline void fetch_scalars(const Scan &scan, const Place &place, const Self &self,
+                                     int first, int count, float *scalars) {
+    const int lanes = WARP_ROWS * RATES;  // for a pass
+    int lane = threadIdx.x % LANES, row = lane % lanes / RATES, n = lane % RATES;
+    for (int pass = lane / lanes; pass < scan.passes; pass += LANES / lanes) {
+        int in_group = (place.block * scan.passes + pass) * BLOCK_ROWS +
+                       self.row_warp * WARP_ROWS + row;
+        bool is_there = in_group < scan.channels;
+        long long channel = (long long)place.group * scan.channels + in_group;
+        float *own = scalars + (pass * WARP_ROWS + row) * ROW_SCALARS;
+        fetch_scalar(own + 2 + n, scan.A + channel * scan.states + first + n,
+                     is_there && n < count);
+        for (int k = n; k < 2; k += RATES) {
+            const float *others = k == 0 ? scan.bias : scan.D;
+            fetch_scalar(own + k, others + channel, is_there && others != nullptr);
+        }
+    }
+}
+
+// The rates of a warp's channels in one pass, for base 2, from what A holds. scalars: of the first.
+__device__ inline void begin_rates(const Scan &scan, float *scalars) {
+    int lane = threadIdx.x % LANES;
+    if (lane < WARP_ROWS * RATES) {
+        float *own = scalars + lane / RATES * ROW_SCALARS + 2 + lane % RATES;
+        *own = rate_of(scan, *own);
+    }
+    __syncwarp();
 }
 
 // In shared memory: for each state its rows of B and C and, in a backward, of their gradients; rows
-// of dt_low; lines of a backward (below); scalars and tokens on their way.
+// of dt_low; lines of a backward (below); tokens on their way; scalars.
 #define FORWARD_ROWS 2  // of a state
 #define BACKWARD_ROWS 4
 
@@ -72,7 +73,7 @@ __device__ inline float4 *low_of(const Scan &scan, float4 *shared, int rows) {
 }
 
 __device__ inline float4 *after_low(const Scan &scan, float4 *low) {
-    return low + TILE_ROW * min(scan.rank, 2 * STAGE);
+    return low + TILE_ROW * low_rows(scan);
 }
 
 // B and C of states [first, first + count).
@@ -89,19 +90,28 @@ __device__ inline int hidden(int x) {
     return x;
 }
 
+#define ASKED 4  // states that lanes ask for again where one is missing
+
+// Where the chunk before hands on what enters this one, for the state of a lane: of states
+// [first, first + count) one each.
+__device__ inline const float *entry_of(const Scan &scan, const Place &place, const Self &self,
+                                        const Rows &rows, int first, int count) {
+    return scan.borders + place.border - border_stride(scan) + rows.first +
+           (long long)(first + min(self.lane, count - 1)) * scan.channels;
+}
+
 extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) forward(const Scan scan) {
     DYNAMIC_SHARED(float4, shared);
     __shared__ Place place;
     Self self;
     take_place(scan, false, place, self);
     float4 *low = low_of(scan, shared, FORWARD_ROWS);
-    float *scalar_slots = (float *)after_low(scan, low);
-    Four<TOKENS> *slots = (Four<TOKENS> *)(scalar_slots + SCALAR_SLOTS);
-    int length = scan.length;
+    Four<TOKENS> *slots = (Four<TOKENS> *)after_low(scan, low);
+    float *all_scalars = scalars_of_warp(scan, (float *)(slots + PREFETCH * (1 + !LOW) * SLOTS));
     Rows rows = rows_of(scan, place, self, 0);
     fetch_inputs(scan, place, self, rows, slots, slots + SLOTS);
-    fetch_scalars(scan, place, rows, scalar_slots, 0);
-    if (scan.rank <= 2 * STAGE) stage_low(scan, place, 0, low);
+    fetch_scalars(scan, place, self, 0, min(scan.states, STAGE), all_scalars);
+    if (LOW && scan.rank <= 2 * STAGE) stage_low(scan, place, 0, low);
     stage_matrices(scan, place, 0, min(scan.states, STAGE), shared, FORWARD_ROWS);
     __syncthreads();
 
@@ -109,60 +119,73 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) forward(const Scan
         Tokens dt, input, y;
         float span[ROWS], span_up[ROWS];
         rows = rows_of(scan, place, self, hidden(pass));
+        float *scalars = scalars_of(all_scalars, pass);
         bool takes_over = place.chunk > 0 && rows.is_there[0];
         bool hands_on = place.chunk + 1 < scan.chunks && rows.is_there[0] &&
                         self.lane == SEGMENT - 1;
-        const float *entry = scan.borders + border_of(scan, place, rows.row[0], 0, place.chunk - 1);
-        float *way_out = scan.borders + border_of(scan, place, rows.row[0], 0, place.chunk);
-        unsigned border = 0;
+        float *way_out = scan.borders + place.border + rows.first;
+        const float *entry = entry_of(scan, place, self, rows, 0, min(scan.states, STAGE));
+        unsigned handed = look(entry, takes_over);
         if (PREFETCH) wait_for_copies();
-        Scalars scalars = take_scalars(scan, place, rows, scalar_slots, pass);
-        EACH_ROW take_tokens(scan.u + place.shared + (long long)rows.row[r] * length, slots,
-                             r, self.at, length, place.reversed, input[r]);
-        step_sizes(scan, place, self, rows, scalars, slots + SLOTS, low, dt);
-        EACH_ROW EACH_STEP y[r][i] = scalars.skip[r] * input[r][i];
-        begin_rows(dt, input, span);
+        __syncwarp();  // lanes fetched scalars for one another
+        begin_steps(scan, place, self, rows, slots + SLOTS, low, dt);
+        finish_steps(scan, rows, scalars, dt);
+        spans_of(dt, span);
         sum_up(span, self.lane, span_up);
-        if (PREFETCH && pass + 1 < scan.passes) {
-            Rows next = rows_of(scan, place, self, hidden(pass + 1));
-            fetch_inputs(scan, place, self, next, slots, slots + SLOTS);
-            fetch_scalars(scan, place, next, scalar_slots, pass + 1);
+        EACH_ROW {
+            take_tokens(scan.u + place.shared + tokens_of(scan, rows, r), slots, r,
+                        rows.left[r], place.reversed, input[r]);
+            EACH_STEP y[r][i] = scalars[r * ROW_SCALARS + 1] * input[r][i];
         }
+        begin_inputs(dt, input);
+        if (PREFETCH && pass + 1 < scan.passes)
+            fetch_inputs(scan, place, self, rows_of(scan, place, self, hidden(pass + 1)), slots,
+                         slots + SLOTS);
         for (int first = 0; first < scan.states; first += STAGE) {
             int count = min(scan.states - first, STAGE);
-            begin_rates(scan, place, rows, first, scalars);
             if (first > 0) {
                 __syncthreads();
+                fetch_scalars(scan, place, self, first, count, all_scalars);
                 stage_matrices(scan, place, first, count, shared, FORWARD_ROWS);
+                if (PREFETCH) wait_for_copies();
                 __syncthreads();
+                entry = entry_of(scan, place, self, rows, first, count);
+                handed = look(entry, takes_over);
             }
+            begin_rates(scan, all_scalars + pass * WARP_ROWS * ROW_SCALARS);
             const float4 *tile = shared + self.lane;
             for (int k = 0; k < count; k++) {
                 Tokens decay;
                 float b[STEPS], c[STEPS], rate[ROWS], whole[ROWS], end[ROWS];
                 float state[ROWS];
-                read_handed(entry, takes_over, border);
+                unsigned border = of_lane(handed, k);
+                bool is_missing = __any_sync(ALL, border == NOT_YET);
+                bool asks = handed == NOT_YET && (unsigned)(self.lane - k) < ASKED;
+                if (is_missing) read_handed(entry, asks, handed);
                 read_tile(tile, b);
-                EACH_ROW rate[r] = of_lane(scalars.rates[r], k);
+                EACH_ROW rate[r] = scalars[r * ROW_SCALARS + 2 + k];
                 walk(dt, input, rate, b, decay, end);
                 decay_over(span, rate, whole);
                 join_lanes(whole, end, self.lane);
                 decay_over(span_up, rate, whole);
-                wait_for(scan, entry, end[0], border);
+                while (is_missing) {
+                    border = of_lane(handed, k);
+                    is_missing = __any_sync(ALL, border == NOT_YET);
+                    if (is_missing) read_handed(entry, handed == NOT_YET && asks, handed);
+                }
                 float carry = __uint_as_float(border);
                 float last = fmaf(whole[0], carry, end[0]);
                 if (hands_on) write_handed(way_out, __float_as_uint(last));
                 state[0] = from_lane_before(last, carry, self.lane);
                 read_tile(tile + TILE_ROW, c);
                 add_outputs(decay, input, b, c, state, y);
-                entry += scan.channels, way_out += scan.channels;
+                way_out += scan.channels;
                 tile += FORWARD_ROWS * TILE_ROW;
             }
         }
         rows = rows_of(scan, place, self, hidden(pass));
-        EACH_ROW if (rows.is_there[r])
-            store_tokens(scan.y + place.own + (long long)rows.row[r] * length, self.at, length,
-                         place.reversed, y[r]);
+        EACH_ROW store_tokens(scan.y + place.own + tokens_of(scan, rows, r), rows.left[r],
+                              place.reversed, y[r]);
     }
 }
 
@@ -175,9 +198,11 @@ __device__ inline void store_sums(const Scan &scan, const Place &place, int firs
         int row = task / lanes, kind = row % 2, lane = task % lanes;
         float value[STEPS];
         read_tile(states + (row / 2 * BACKWARD_ROWS + 2 + kind) * TILE_ROW + lane, value);
+        int at = place.chunk * CHUNK + lane * STEPS;
         store_tokens(parts + kind * scan.part_kind_stride +
-                         (long long)(first + row / 2) * scan.length,
-                     place.chunk * CHUNK + lane * STEPS, scan.length, place.reversed, value);
+                         (long long)(first + row / 2) * scan.length +
+                         place_of(at, scan.length, place.reversed),
+                     scan.length - at, place.reversed, value);
     }
 }
 
@@ -270,16 +295,15 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) backward(const Sca
     float4 *low = low_of(scan, shared, BACKWARD_ROWS);
     float *lines = (float *)after_low(scan, low);
     // u twice: it is needed once more at the end of a pass
-    float *scalar_slots = lines + ROW_WARPS * LINES;
-    Four<TOKENS> *u_slots = (Four<TOKENS> *)(scalar_slots + SCALAR_SLOTS);
+    Four<TOKENS> *u_slots = (Four<TOKENS> *)(lines + ROW_WARPS * LINES);
     Four<TOKENS> *grad_slots = u_slots + 2 * SLOTS, *delta_slots = grad_slots + SLOTS;
+    float *all_scalars = scalars_of_warp(scan, (float *)(u_slots + PREFETCH * (3 + !LOW) * SLOTS));
     lines += self.row_warp * LINES;
-    int length = scan.length;
     Rows rows = rows_of(scan, place, self, 0);
     fetch_inputs(scan, place, self, rows, u_slots, delta_slots);
     fetch_gradients(scan, place, self, rows, grad_slots);
-    fetch_scalars(scan, place, rows, scalar_slots, 0);
-    if (scan.rank <= 2 * STAGE) stage_low(scan, place, 0, low);
+    fetch_scalars(scan, place, self, 0, min(scan.states, STAGE), all_scalars);
+    if (LOW && scan.rank <= 2 * STAGE) stage_low(scan, place, 0, low);
     begin_states(scan, place, 0, min(scan.states, STAGE), shared, turns);
 
     for (int pass = 0; pass < scan.passes; pass++) {
@@ -289,17 +313,19 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) backward(const Sca
         const Four<TOKENS> *slots = u_slots + pass % 2 * SLOTS;
         rows = rows_of(scan, place, self, hidden(pass));
         if (PREFETCH) wait_for_copies();
-        Scalars scalars = take_scalars(scan, place, rows, scalar_slots, pass);
+        __syncwarp();  // lanes fetched scalars for one another
+        float *scalars = scalars_of(all_scalars, pass);
         EACH_ROW {
-            long long start = (long long)rows.row[r] * length;
-            take_tokens(scan.u + place.shared + start, slots, r, self.at, length,
-                        place.reversed, input[r]);
-            take_tokens(scan.grad_y + place.grad + start, grad_slots, r, self.at, length,
+            long long at = tokens_of(scan, rows, r);
+            take_tokens(scan.u + place.shared + at, slots, r, rows.left[r], place.reversed,
+                        input[r]);
+            take_tokens(scan.grad_y + place.grad + at, grad_slots, r, rows.left[r],
                         place.reversed, dy[r]);
-            if (!rows.is_there[r]) EACH_STEP dy[r][i] = 0.0f;
         }
-        step_sizes(scan, place, self, rows, scalars, delta_slots, low, dt);
-        begin_rows(dt, input, span);
+        begin_steps(scan, place, self, rows, delta_slots, low, dt);
+        finish_steps(scan, rows, scalars, dt);
+        spans_of(dt, span);
+        begin_inputs(dt, input);
         write_spans(lines, span, self.lane);
         float chunk_span[1] = {halve_lanes(span, self.lane)};  // of the line's row
         sum_halves(chunk_span);
@@ -309,27 +335,31 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) backward(const Sca
             fetch_inputs(scan, place, self, next, u_slots + (pass + 1) % 2 * SLOTS,
                          delta_slots);
             fetch_gradients(scan, place, self, next, grad_slots);
-            fetch_scalars(scan, place, next, scalar_slots, pass + 1);
         }
 
         for (int first = 0; first < scan.states; first += STAGE) {
             int count = min(scan.states - first, STAGE);
-            begin_rates(scan, place, rows, first, scalars);
-            if (first > 0) begin_states(scan, place, first, count, shared, turns);
+            if (first > 0) {
+                fetch_scalars(scan, place, self, first, count, all_scalars);
+                if (PREFETCH) wait_for_copies();
+                begin_states(scan, place, first, count, shared, turns);
+            }
+            begin_rates(scan, all_scalars + pass * WARP_ROWS * ROW_SCALARS);
             for (int from = 0; from < count; from += GROUP) {
                 int group = min(count - from, GROUP);
                 // what enters the chunk, for the line that this lane will join; asked for early
                 int second = self.lane / 16, member = self.lane % 16 / 2, is_back = self.lane % 2;
                 int own = min(member, group - 1);
                 float *line = line_of(lines, second, member, is_back);
-                long long border_step = (long long)scan.states * scan.channels;
                 Rows at = rows_of(scan, place, self, hidden(pass));
                 bool is_there = second ? at.is_there[ROWS - 1] : at.is_there[0];
+                const float *rates = scalars_of(all_scalars, pass) + 2 + from;
                 bool has_line = member < group && is_there;
                 bool takes_over = is_back ? place.chunk + 1 < scan.chunks : place.chunk > 0;
-                const float *entry = (is_back ? scan.grad_borders : scan.borders - border_step) +
-                                     border_of(scan, place, second ? at.row[ROWS - 1] : at.row[0],
-                                               first + from + own, place.chunk);
+                const float *entry = (is_back ? scan.grad_borders
+                                              : scan.borders - border_stride(scan)) +
+                                     place.border + at.first + second % ROWS +
+                                     (long long)(first + from + own) * scan.channels;
                 float4 *tile = shared + from * BACKWARD_ROWS * TILE_ROW + self.lane;
                 unsigned border = look(entry, has_line && takes_over);
 
@@ -339,7 +369,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) backward(const Sca
                     float b[STEPS], c[STEPS], rate[ROWS], end[ROWS], end_back[ROWS];
                     read_tile(tile + k * BACKWARD_ROWS * TILE_ROW, b);
                     read_tile(tile + (k * BACKWARD_ROWS + 1) * TILE_ROW, c);
-                    EACH_ROW rate[r] = of_lane(scalars.rates[r], from + k);
+                    EACH_ROW rate[r] = rates[r * ROW_SCALARS + k];
                     walk(dt, input, rate, b, decay, end);
                     walk_back(decay, dy, c, end_back);
                     EACH_ROW {
@@ -350,9 +380,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) backward(const Sca
                 __syncwarp();
 
                 // all lanes of a line, first alone, so that what goes on is not long in coming
-                float line_rates[ROWS];
-                EACH_ROW line_rates[r] = of_lane(scalars.rates[r], from + own);
-                float line_rate = second ? line_rates[ROWS - 1] : line_rates[0];
+                float line_rate = rates[second % ROWS * ROW_SCALARS + own];
                 Decays decay;
                 decays_of(line_of(lines, second, 0, is_back) + LANES, line_rate, decay);
                 float end = follow_line<false>(line, decay, 0.0f);
@@ -360,7 +388,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) backward(const Sca
                 float entering = __uint_as_float(border);
                 float last = fmaf(exp2_fast(line_rate * chunk_span[0]), entering, end);
                 if (is_back && has_line && place.chunk > 0)
-                    write_handed((void *)(entry - border_step), __float_as_uint(last));
+                    write_handed((void *)(entry - border_stride(scan)), __float_as_uint(last));
                 follow_line<true>(line, decay, entering);
                 __syncwarp();
 
@@ -375,7 +403,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) backward(const Sca
                         read_tile(own_tile, b);
                         read_tile(own_tile + TILE_ROW, c);
                         EACH_ROW {
-                            rate[r] = of_lane(scalars.rates[r], from + k);
+                            rate[r] = rates[r * ROW_SCALARS + k];
                             state[r] = line_of(lines, r, k, false)[self.lane];
                             back[r] = line_of(lines, r, k, true)[LANES - 1 - self.lane];
                             EACH_STEP decay[r][i] = exp2_fast(dt[r][i] * rate[r]);
@@ -413,7 +441,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) backward(const Sca
         }
         rows = rows_of(scan, place, self, hidden(pass));
         RowSums row_sums = row_sums_of(scan, place, self, rows);
-        finish_rows(scan, place, self, rows, take_scalars(scan, place, rows, scalar_slots, pass),
-                    slots, dt, dy, token_sums, row_sums);
+        finish_rows(scan, place, self, rows, scalars_of(all_scalars, pass), slots, dt, dy,
+                    token_sums, row_sums);
     }
 }

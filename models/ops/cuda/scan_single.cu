@@ -3,7 +3,23 @@
 // The warps of a block lie side by side along the tokens of long sequences, so that borders between
 // chunks are few: a chunk waits for the one before it. Sums for B and C stay in registers.
 
+#define RATES 1
+
 #include "steps.cuh"
+
+// Bring the scalars of all of the block's channels to shared memory.
+__device__ inline void stage_scalars(const Scan &scan, const Place &place, float *scalars) {
+    int rows = scan.passes * BLOCK_ROWS;
+    for (int row = threadIdx.x; row < rows; row += THREADS) {
+        int in_group = place.block * rows + row;
+        bool is_there = in_group < scan.channels;
+        long long channel = (long long)place.group * scan.channels + in_group;
+        float *own = scalars + row * ROW_SCALARS;
+        own[0] = is_there && scan.bias != nullptr ? scan.bias[channel] : 0.0f;
+        own[1] = is_there && scan.D != nullptr ? scan.D[channel] : 0.0f;
+        own[2] = is_there ? rate_of(scan, scan.A[channel]) : 0.0f;
+    }
+}
 
 // What the warps of a block hand to one another along the tokens; two sets, used in turn.
 struct Totals {
@@ -49,8 +65,9 @@ __device__ inline void add_others(const Others &others, float (&decay)[ROWS], fl
     decay[0] *= others.decay;
 }
 
-__device__ inline Four<TOKENS> *slots_of(const Scan &scan, float4 *shared, int tile_rows) {
-    return (Four<TOKENS> *)(shared + TILE_ROW * (min(scan.rank, 2 * STAGE) + tile_rows));
+// Shared memory: rows of dt_low, a backward's sums for B and C, tokens on their way, scalars.
+__device__ inline Four<TOKENS> *slots_of(const Scan &scan, float4 *shared, int sums) {
+    return (Four<TOKENS> *)(shared + TILE_ROW * (low_rows(scan) + sums));
 }
 
 extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) forward(const Scan scan) {
@@ -61,36 +78,39 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) forward(const Scan
     take_place(scan, false, taken, self);
     const Place place = taken;
     Four<TOKENS> *slots = slots_of(scan, shared, 0);
-    int length = scan.length;
+    float *all_scalars = (float *)(slots + PREFETCH * (1 + !LOW) * SLOTS);
     bool hands_on = place.chunk + 1 < scan.chunks && self.lane == LANES - 1 &&
                     self.token_warp == TOKEN_WARPS - 1;
     Rows rows = rows_of(scan, place, self, 0);
+    long long way_out = place.border + rows.first;
     fetch_inputs(scan, place, self, rows, slots, slots + SLOTS);
-    if (scan.rank <= 2 * STAGE) stage_low(scan, place, 0, shared);
-    __syncthreads();
-    Scalars scalars = scalars_of(scan, place, rows);
+    int left = scan.length - self.at;
     float b[STEPS], c[STEPS];
-    load_tokens(scan.B + place.matrix, self.at, length, place.reversed, b);
-    load_tokens(scan.C + place.matrix, self.at, length, place.reversed, c);
+    load_tokens(scan.B + place.matrix + self.from, left, place.reversed, b);
+    load_tokens(scan.C + place.matrix + self.from, left, place.reversed, c);
+    stage_scalars(scan, place, all_scalars);
+    if (LOW && scan.rank <= 2 * STAGE) stage_low(scan, place, 0, shared);
+    __syncthreads();
 
     for (int pass = 0; pass < scan.passes; pass++) {
         Tokens dt, input, y, decay;
         float span[ROWS], span_up[ROWS], whole[ROWS], end[ROWS], state[ROWS];
         bool is_there = rows.is_there[0];
-        const float *entry = scan.borders + border_of(scan, place, rows.row[0], 0, place.chunk - 1);
-        float *way_out = scan.borders + border_of(scan, place, rows.row[0], 0, place.chunk);
+        const float *scalars = all_scalars + (pass * ROW_WARPS + self.row_warp) * ROW_SCALARS;
+        keep(way_out);
+        const float *entry = scan.borders + way_out - scan.channels;
         unsigned border = look(entry, place.chunk > 0 && is_there);
         if (PREFETCH) wait_for_copies();
-        take_tokens(scan.u + place.shared + (long long)rows.row[0] * length, slots, 0, self.at,
-                    length, place.reversed, input[0]);
-        step_sizes(scan, place, self, rows, scalars, slots + SLOTS, shared, dt);
-        EACH_STEP y[0][i] = scalars.skip[0] * input[0][i];
-        begin_rows(dt, input, span);
-        Rows coming = rows_of(scan, place, self, pass + 1);
-        float rate[ROWS] = {rate_of(scan, scalars.rates[0])};
+        take_tokens(scan.u + place.shared + rows.tokens, slots, 0, rows.left[0], place.reversed,
+                    input[0]);
+        begin_steps(scan, place, self, rows, slots + SLOTS, shared, dt);
         if (PREFETCH && pass + 1 < scan.passes)
-            fetch_inputs(scan, place, self, coming, slots, slots + SLOTS);
-        Scalars next = scalars_of(scan, place, coming);
+            fetch_inputs(scan, place, self, rows_after(scan, self, rows), slots, slots + SLOTS);
+        finish_steps(scan, rows, scalars, dt);
+        float skip = scalars[1], rate[ROWS] = {scalars[2]};
+        EACH_STEP y[0][i] = skip * input[0][i];
+        spans_of(dt, span);
+        begin_inputs(dt, input);
 
         walk(dt, input, rate, b, decay, end);
         decay_over(span, rate, whole);
@@ -108,14 +128,12 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) forward(const Scan
         wait_for(scan, entry, end[0], border);
         float carry = __uint_as_float(border);
         float last = fmaf(whole[0], carry, end[0]);
-        if (hands_on && is_there) write_handed(way_out, __float_as_uint(last));
+        if (hands_on && is_there) write_handed(scan.borders + way_out, __float_as_uint(last));
         state[0] = from_lane_before(last, fmaf(before.decay, carry, before.end), self.lane);
         add_outputs(decay, input, b, c, state, y);
-        if (is_there)
-            store_tokens(scan.y + place.own + (long long)rows.row[0] * length, self.at, length,
-                         place.reversed, y[0]);
-        rows = coming;
-        scalars = next;
+        store_tokens(scan.y + place.own + rows.tokens, rows.left[0], place.reversed, y[0]);
+        rows = rows_after(scan, self, rows);
+        way_out += BLOCK_ROWS;
     }
 }
 
@@ -138,9 +156,10 @@ __device__ inline void store_sums(const Scan &scan, const Place &place, const Se
         read_tile(sums, for_b);
         read_tile(sums + TILE_ROW, for_c);
     }
-    float *parts = parts_of(scan, place);
-    store_tokens(parts, self.at, scan.length, place.reversed, for_b);
-    store_tokens(parts + scan.part_kind_stride, self.at, scan.length, place.reversed, for_c);
+    float *parts = parts_of(scan, place) + self.from;
+    int left = scan.length - self.at;
+    store_tokens(parts, left, place.reversed, for_b);
+    store_tokens(parts + scan.part_kind_stride, left, place.reversed, for_c);
 }
 
 extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) backward(const Scan scan) {
@@ -153,18 +172,20 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) backward(const Sca
     // u twice: it is needed once more at the end of a pass
     Four<TOKENS> *u_slots = slots_of(scan, shared, ROW_WARPS > 1 ? 2 : 0);
     Four<TOKENS> *grad_slots = u_slots + 2 * SLOTS, *delta_slots = grad_slots + SLOTS;
-    int length = scan.length;
+    float *all_scalars = (float *)(u_slots + PREFETCH * (3 + !LOW) * SLOTS);
     bool has_before = place.chunk > 0;
     bool hands_on = has_before && self.lane == 0 && self.token_warp == 0;
     Rows rows = rows_of(scan, place, self, 0);
+    long long own = place.border + rows.first;  // the border after the chunk
     fetch_inputs(scan, place, self, rows, u_slots, delta_slots);
     fetch_gradients(scan, place, self, rows, grad_slots);
-    if (scan.rank <= 2 * STAGE) stage_low(scan, place, 0, shared);
-    __syncthreads();
-    Scalars scalars = scalars_of(scan, place, rows);
+    int left = scan.length - self.at;
     float b[STEPS], c[STEPS], for_b[STEPS] = {}, for_c[STEPS] = {};
-    load_tokens(scan.B + place.matrix, self.at, length, place.reversed, b);
-    load_tokens(scan.C + place.matrix, self.at, length, place.reversed, c);
+    load_tokens(scan.B + place.matrix + self.from, left, place.reversed, b);
+    load_tokens(scan.C + place.matrix + self.from, left, place.reversed, c);
+    stage_scalars(scan, place, all_scalars);
+    if (LOW && scan.rank <= 2 * STAGE) stage_low(scan, place, 0, shared);
+    __syncthreads();
 
     for (int pass = 0; pass < scan.passes; pass++) {
         Tokens dt, input, dy, decay;
@@ -173,30 +194,27 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) backward(const Sca
         float state[ROWS], back[ROWS], for_rate[ROWS];
         ForTokens token_sums = {};
         bool is_there = rows.is_there[0];
+        const float *scalars = all_scalars + (pass * ROW_WARPS + self.row_warp) * ROW_SCALARS;
         const Four<TOKENS> *slots = u_slots + pass % 2 * SLOTS;
-        const float *late = scan.grad_borders + border_of(scan, place, rows.row[0], 0, place.chunk);
-        float *way_out =
-            scan.grad_borders + border_of(scan, place, rows.row[0], 0, place.chunk - 1);
+        keep(own), keep(rows.tokens);
+        const float *late = scan.grad_borders + own;
         unsigned border = look(late, place.chunk + 1 < scan.chunks && is_there);
-        unsigned inherited =
-            look(scan.borders + border_of(scan, place, rows.row[0], 0, place.chunk - 1),
-                 has_before && is_there);
+        unsigned inherited = look(scan.borders + own - scan.channels, has_before && is_there);
         if (PREFETCH) wait_for_copies();
-        long long start = (long long)rows.row[0] * length;
-        take_tokens(scan.u + place.shared + start, slots, 0, self.at, length, place.reversed,
+        take_tokens(scan.u + place.shared + rows.tokens, slots, 0, rows.left[0], place.reversed,
                     input[0]);
-        take_tokens(scan.grad_y + place.grad + start, grad_slots, 0, self.at, length,
+        take_tokens(scan.grad_y + place.grad + rows.tokens, grad_slots, 0, rows.left[0],
                     place.reversed, dy[0]);
-        if (!is_there) EACH_STEP dy[0][i] = 0.0f;
-        step_sizes(scan, place, self, rows, scalars, delta_slots, shared, dt);
-        begin_rows(dt, input, span);
-        Rows coming = rows_of(scan, place, self, pass + 1);
+        begin_steps(scan, place, self, rows, delta_slots, shared, dt);
+        finish_steps(scan, rows, scalars, dt);
+        float rate[ROWS] = {scalars[2]};
+        spans_of(dt, span);
+        begin_inputs(dt, input);
+        Rows coming = rows_after(scan, self, rows);
         if (PREFETCH && pass + 1 < scan.passes) {
             fetch_inputs(scan, place, self, coming, u_slots + (pass + 1) % 2 * SLOTS, delta_slots);
             fetch_gradients(scan, place, self, coming, grad_slots);
         }
-        Scalars next = scalars_of(scan, place, coming);
-        float rate[ROWS] = {rate_of(scan, scalars.rates[0])};
 
         walk(dt, input, rate, b, decay, end);
         decay_over(span, rate, whole);
@@ -225,7 +243,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) backward(const Sca
         wait_for(scan, late, end_back[0], border);
         float from = __uint_as_float(border);
         float last = fmaf(whole_back[0], from, end_back[0]);
-        if (hands_on && is_there) write_handed(way_out, __float_as_uint(last));
+        if (hands_on && is_there)
+            write_handed((void *)(late - scan.channels), __float_as_uint(last));
         back[0] = from_lane_after(last, fmaf(after.decay, from, after.end), self.lane);
         state[0] = from_lane_before(fmaf(whole[0], carry, end[0]), carry, self.lane);
         add_gradients(dt, input, dy, decay, rate, b, c, state, back, for_b, for_c,
@@ -236,7 +255,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) backward(const Sca
         if (row_sums.is_writer && self.lane == 0) row_sums.at[0] = for_held(scan, sum[0], rate[0]);
         finish_rows(scan, place, self, rows, scalars, slots, dt, dy, token_sums, row_sums);
         rows = coming;
-        scalars = next;
+        own += BLOCK_ROWS;
     }
-    store_sums(scan, place, self, shared + TILE_ROW * min(scan.rank, 2 * STAGE), for_b, for_c);
+    store_sums(scan, place, self, shared + TILE_ROW * low_rows(scan), for_b, for_c);
 }

@@ -72,15 +72,19 @@ __device__ inline void add_gradients(const Tokens &dt, const Tokens &input, cons
     }
 }
 
-// input: of u, becomes dt · u.
-__device__ inline void begin_rows(const Tokens &dt, Tokens &input, float (&span)[ROWS]) {
+// The sum of a lane's dt.
+__device__ inline void spans_of(const Tokens &dt, float (&span)[ROWS]) {
     EACH_ROW {
-        EACH_STEP {
-            input[r][i] *= dt[r][i];
-            keep(input[r][i]);
-        }
         span[r] = sum_steps(dt[r]);
         keep(span[r]);
+    }
+}
+
+// input: of u, becomes dt · u.
+__device__ inline void begin_inputs(const Tokens &dt, Tokens &input) {
+    EACH_ROW EACH_STEP {
+        input[r][i] *= dt[r][i];
+        keep(input[r][i]);
     }
 }
 
@@ -94,41 +98,34 @@ struct RowSums {
 __device__ inline RowSums row_sums_of(const Scan &scan, const Place &place, const Self &self,
                                       const Rows &rows) {
     bool is_upper = self.lane >= LANES / 2;
-    int row = is_upper ? rows.row[ROWS - 1] : rows.row[0];
+    int row = rows.first + (is_upper ? ROWS - 1 : 0);
     RowSums sums;
     sums.is_writer = is_upper ? ROWS == 2 && rows.is_there[ROWS - 1] : rows.is_there[0];
-    long long part = ((long long)place.batch * scan.chunks + place.chunk) * TOKEN_WARPS +
-                     self.token_warp;
-    part = (part * scan.groups + place.group) * scan.channels + row;
-    sums.at = scan.grad_rows + part * (scan.states + 2);
+    int at = self.token_warp * scan.groups * scan.channels + row;
+    sums.at = scan.grad_rows + place.sums + (long long)at * (scan.states + 2);
     return sums;
 }
 
 // The gradients of u and delta, and the sums for D and the bias.
 __device__ inline void finish_rows(const Scan &scan, const Place &place, const Self &self,
-                                   const Rows &rows, const Scalars &scalars,
+                                   const Rows &rows, const float *scalars,
                                    const Four<TOKENS> *slots, const Tokens &dt, const Tokens &dy,
                                    ForTokens &sums, const RowSums &row_sums) {
     float for_skip[ROWS], for_bias[ROWS];
     EACH_ROW {
-        float u[STEPS];
-        long long start = (long long)rows.row[r] * scan.length;
-        take_tokens(scan.u + place.shared + start, slots, r, self.at, scan.length,
-                    place.reversed, u);
+        float u[STEPS], skip = scalars[r * ROW_SCALARS + 1];
+        long long at = tokens_of(scan, rows, r);
+        take_tokens(scan.u + place.shared + at, slots, r, rows.left[r], place.reversed, u);
         for_skip[r] = for_bias[r] = 0.0f;
         EACH_STEP {
             for_skip[r] = fmaf(dy[r][i], u[i], for_skip[r]);
             sums.dt[r][i] = fmaf(sums.input[r][i], u[i], sums.dt[r][i] * LN_2);
-            sums.input[r][i] = fmaf(sums.input[r][i], dt[r][i], scalars.skip[r] * dy[r][i]);
+            sums.input[r][i] = fmaf(sums.input[r][i], dt[r][i], skip * dy[r][i]);
         }
         if (scan.softplus) EACH_STEP sums.dt[r][i] *= softplus_slope(dt[r][i]);
         EACH_STEP for_bias[r] += sums.dt[r][i];  // past the end it is 0
-        if (rows.is_there[r]) {
-            store_tokens(scan.grad_u + place.own + start, self.at, scan.length, place.reversed,
-                         sums.input[r]);
-            store_tokens(scan.grad_delta + place.own + start, self.at, scan.length,
-                         place.reversed, sums.dt[r]);
-        }
+        store_tokens(scan.grad_u + place.own + at, rows.left[r], place.reversed, sums.input[r]);
+        store_tokens(scan.grad_delta + place.own + at, rows.left[r], place.reversed, sums.dt[r]);
     }
     float totals[2] = {halve_lanes(for_skip, self.lane), halve_lanes(for_bias, self.lane)};
     sum_halves(totals);

@@ -8,41 +8,54 @@ template <typename T>
 struct alignas(sizeof(T) == 4 ? 16 : 8) Four { T value[4]; };
 
 template <typename T>
-__device__ inline void unpack(const Four<T> (&pieces)[PIECES], bool reversed, float (&out)[STEPS]) {
-    EACH_STEP {
-        const Four<T> &piece = pieces[i / 4];
-        out[i] = to_float(REVERSIBLE && reversed ? piece.value[3 - i % 4] : piece.value[i % 4]);
+__device__ inline void to_floats(const Four<T> &four, float (&out)[4]) {
+#pragma unroll
+    for (int i = 0; i < 4; i++) out[i] = to_float(four.value[i]);
+}
+// Two at a time: of a word the upper half is a float already, once the lower is gone.
+__device__ inline void to_floats(const Four<bf16> &four, float (&out)[4]) {
+#pragma unroll
+    for (int i = 0; i < 4; i += 2) {
+        unsigned word;
+        memcpy(&word, four.value + i, 4);
+        out[i] = __uint_as_float(word << 16), out[i + 1] = __uint_as_float(word & 0xffff0000u);
     }
 }
 
-// Where four steps of a row lie, the last first if it is reversed.
-__device__ inline int place_of(int step, int length, bool reversed) {
-    return REVERSIBLE && reversed ? length - 4 - step : step;
+template <typename T>
+__device__ inline void unpack(const Four<T> (&pieces)[PIECES], bool reversed, float (&out)[STEPS]) {
+#pragma unroll
+    for (int k = 0; k < PIECES; k++) {
+        float four[4];
+        to_floats(pieces[k], four);
+#pragma unroll
+        for (int i = 0; i < 4; i++)
+            out[4 * k + i] = REVERSIBLE && reversed ? four[3 - i] : four[i];
+    }
 }
 
-// Steps at, at + 1, ... of a row of `length` tokens; past the end 0. No branch between the loads.
+// The next four, or the next one, of steps whose first lies at `first`.
 template <typename T>
-__device__ inline void load_tokens(const T *row, int at, int length, bool reversed,
-                                   float (&out)[STEPS]) {
+__device__ inline T *after(T *first, int steps, bool reversed) {
+    return REVERSIBLE && reversed ? first - steps : first + steps;
+}
+
+// A lane's steps of a row, of which `left` are there; past them 0. No branch between the loads.
+template <typename T>
+__device__ inline void load_tokens(const T *first, int left, bool reversed, float (&out)[STEPS]) {
 #if ALIGNED
     Four<T> pieces[PIECES] = {};
 #pragma unroll
-    for (int k = 0; k < PIECES; k++) {
-        int step = at + 4 * k;
-        if (step < length) pieces[k] = *(const Four<T> *)(row + place_of(step, length, reversed));
-    }
+    for (int k = 0; k < PIECES; k++)
+        if (4 * k < left) pieces[k] = *(const Four<T> *)after(first, 4 * k, reversed);
     unpack(pieces, reversed, out);
 #else
-    EACH_STEP {
-        int step = at + i;
-        out[i] = step < length ? to_float(row[reversed ? length - 1 - step : step]) : 0.0f;
-    }
+    EACH_STEP out[i] = i < left ? to_float(*after(first, i, reversed)) : 0.0f;
 #endif
 }
 
 template <typename T>
-__device__ inline void store_tokens(T *row, int at, int length, bool reversed,
-                                    const float (&in)[STEPS]) {
+__device__ inline void store_tokens(T *first, int left, bool reversed, const float (&in)[STEPS]) {
 #if ALIGNED
 #pragma unroll
     for (int k = 0; k < PIECES; k++) {
@@ -50,34 +63,28 @@ __device__ inline void store_tokens(T *row, int at, int length, bool reversed,
 #pragma unroll
         for (int i = 0; i < 4; i++)
             from_float(REVERSIBLE && reversed ? in[4 * k + 3 - i] : in[4 * k + i], piece.value[i]);
-        int step = at + 4 * k;
-        if (step < length) *(Four<T> *)(row + place_of(step, length, reversed)) = piece;
+        if (4 * k < left) *(Four<T> *)after(first, 4 * k, reversed) = piece;
     }
 #else
-    EACH_STEP {
-        int step = at + i;
-        if (step < length) from_float(in[i], row[reversed ? length - 1 - step : step]);
-    }
+    EACH_STEP if (i < left) from_float(in[i], *after(first, i, reversed));
 #endif
 }
 
 // A thread's own tokens on their way through shared memory: fetched in one pass, taken in the next.
 #define SLOTS (ROWS * PIECES * THREADS)  // of an array
 
-__device__ inline void fetch_tokens(const TOKENS *row, Four<TOKENS> *slots, int r, int at,
-                                    int length, bool reversed) {
+__device__ inline void fetch_tokens(const TOKENS *first, Four<TOKENS> *slots, int r, int left,
+                                    bool reversed) {
 #if PREFETCH
 #pragma unroll
-    for (int k = 0; k < PIECES; k++) {
-        int step = at + 4 * k;
+    for (int k = 0; k < PIECES; k++)
         copy_later<sizeof(Four<TOKENS>)>(slots + (PIECES * r + k) * THREADS + threadIdx.x,
-                                         row + place_of(step, length, reversed), step < length);
-    }
+                                         after(first, 4 * k, reversed), 4 * k < left);
 #endif
 }
 
-__device__ inline void take_tokens(const TOKENS *row, const Four<TOKENS> *slots, int r, int at,
-                                   int length, bool reversed, float (&out)[STEPS]) {
+__device__ inline void take_tokens(const TOKENS *first, const Four<TOKENS> *slots, int r, int left,
+                                   bool reversed, float (&out)[STEPS]) {
 #if PREFETCH
     Four<TOKENS> pieces[PIECES];
 #pragma unroll
@@ -85,7 +92,7 @@ __device__ inline void take_tokens(const TOKENS *row, const Four<TOKENS> *slots,
         pieces[k] = slots[(PIECES * r + k) * THREADS + threadIdx.x];
     unpack(pieces, reversed, out);
 #else
-    load_tokens(row, at, length, reversed, out);
+    load_tokens(first, left, reversed, out);
 #endif
 }
 
@@ -117,8 +124,8 @@ __device__ inline void add_to_tile(float4 *row, const float (&x)[STEPS]) {
 }
 
 __device__ inline float sum_steps(const float (&x)[STEPS]) {
-    float sum = 0.0f;
+    float sum = (x[0] + x[1]) + (x[2] + x[3]);
 #pragma unroll
-    for (int i = 0; i < STEPS; i += 4) sum += (x[i] + x[i + 1]) + (x[i + 2] + x[i + 3]);
+    for (int i = 4; i < STEPS; i += 4) sum += (x[i] + x[i + 1]) + (x[i + 2] + x[i + 3]);
     return sum;
 }
