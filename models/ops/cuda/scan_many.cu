@@ -90,7 +90,7 @@ __device__ inline int hidden(int x) {
     return x;
 }
 
-#define ASKED 4  // states that lanes ask for again where one is missing
+#define ASKED 2  // states that lanes ask for again where one is missing
 
 // Where the chunk before hands on what enters this one, for the state of a lane: of states
 // [first, first + count) one each.
