@@ -86,6 +86,7 @@ static unsigned __float_as_uint(float x) { unsigned out; memcpy(&out, &x, 4); re
 static int atomicAdd(int *at, int by) { int old = *at; *at += by; return old; }
 static int min(int a, int b) { return a < b ? a : b; }
 static int max(int a, int b) { return a > b ? a : b; }
+template <typename T> static void keep(T &) {}
 static float exp2_fast(float x) { return exp2f(x); }
 static float log2_fast(float x) { return log2f(x); }
 #ifdef SEGMENT
@@ -119,7 +120,6 @@ static void __syncwarp() { warp_barriers[threadIdx.x / 32].wait(32); }
 static int read_flag(const int *flag) { return *(volatile const int *)flag; }
 static void write_flag(int *flag, int value) { *flag = value; }
 #define WHILE_WAITING yield()
-template <typename T> static void keep(T &) {}
 static void read_handed(const void *at, bool is_read, unsigned &x) {
     if (!is_read) return;
     memcpy(&x, at, sizeof x);

@@ -8,6 +8,7 @@ import importlib.util
 import itertools
 import locale
 import threading
+import types
 from pathlib import Path
 
 import pytest
@@ -331,7 +332,7 @@ def test_a_cache_that_cannot_be_written_is_no_failure(monkeypatch, tmp_path):
 @needs_nvrtc
 def test_what_the_compiler_says_is_passed_on():
     texts = {path.name: path.read_bytes() for path in FOLDER.glob("*.cu*")}
-    with pytest.raises(RuntimeError, match='(?s)NVRTC.*identifier "nonsense" is undefined'):
+    with pytest.raises(RuntimeError, match='(?s)NVRTC.*"nonsense"'):
         library._compile(nvrtc(), "reorder.cu", texts, (ARCHITECTURE, "-DTOKENS=nonsense"))
 
 
@@ -353,6 +354,28 @@ class Driver:
 def test_what_the_driver_says_is_passed_on():
     with pytest.raises(RuntimeError, match="CUDA driver: out of memory"):
         library.Kernels(Driver(cuModuleLoadData=2), b"")
+
+
+@pytest.mark.parametrize("starts_early", [False, True])
+def test_what_the_driver_is_told_to_launch(starts_early, monkeypatch):
+    class Launching(Driver):
+        """Keeps what is launched."""
+
+        def cuLaunchKernelEx(self, launch, function, pointers, extra):  # noqa: N802
+            self.launched = launch._obj
+            return 0
+
+    driver, stream = Launching(), types.SimpleNamespace(cuda_stream=77)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: stream)
+    kernels = library.Kernels(driver, b"")
+    kernels.launch("clear", 3, 256, 1000, library._Attribute(), starts_early=starts_early)
+    launch = driver.launched
+    assert (*launch.grid, *launch.block) == (3, 1, 1, 256, 1, 1)
+    assert (launch.shared_bytes, launch.stream) == (1000, 77)
+    asked = [launch.attributes[k] for k in range(launch.attribute_count)]
+    # CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
+    assert [(attribute.id, attribute.value) for attribute in asked] == [(6, 1)] * starts_early
+    assert ctypes.sizeof(library._Attribute) == 72  # CUlaunchAttribute
 
 
 def test_cpu_tensors_and_machines_without_a_gpu_are_refused(monkeypatch):

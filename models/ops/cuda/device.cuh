@@ -18,11 +18,7 @@ __device__ inline float log2_fast(float x) {
     asm("lg2.approx.ftz.f32 %0, %1;" : "=f"(out) : "f"(x));
     return out;
 }
-// For the compiler x changes here: it neither looks at it before nor computes it again after.
-__device__ inline void keep(float &x) { asm volatile("" : "+f"(x)); }
-__device__ inline void keep(int &x) { asm volatile("" : "+r"(x)); }
-__device__ inline void keep(long long &x) { asm volatile("" : "+l"(x)); }
-// The same, not to be left to a branch.
+// The same as exp2_fast, not to be left to a branch.
 __device__ inline float exp2_always(float x) {
     float out;
     asm volatile("ex2.approx.ftz.f32 %0, %1;" : "=f"(out) : "f"(x));

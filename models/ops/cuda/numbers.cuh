@@ -1,4 +1,4 @@
-// Types of the kernels' tensors; arithmetic is in float32. How a kernel begins.
+// What all kernels share: types of their tensors (arithmetic is in float32), how they begin.
 #pragma once
 
 #define LANES 32
@@ -37,6 +37,19 @@ __device__ inline void from_float(float x, bf16 &out) {
 #endif
 }
 #endif
+
+#ifndef CMFS_EMULATED
+// For the compiler x changes here: it neither looks at it before nor computes it again after.
+__device__ inline void keep(float &x) { asm volatile("" : "+f"(x)); }
+__device__ inline void keep(int &x) { asm volatile("" : "+r"(x)); }
+__device__ inline void keep(long long &x) { asm volatile("" : "+l"(x)); }
+#endif
+
+// Hidden from the compiler, so that it computes what depends on it anew instead of keeping it.
+__device__ inline int hidden(int x) {
+    keep(x);
+    return x;
+}
 
 // Each kernel begins so. It is launched while the one before it may still run, and lets the next be
 // launched: what that takes is over by the time that there is room on the GPU.

@@ -39,76 +39,102 @@ __device__ inline Spot take_spot(const Reorder &task) {
 }
 
 #define SHARE (SIDE * SIDE / THREADS)  // pixels of a thread
+#define EACH_SHARE _Pragma("unroll") for (int k = 0; k < SHARE; k++)
 
-// Where a thread's pixels of a tile come from and go to in a row; -1: nowhere.
+// Of a thread: where its pixels of a tile lie in a row, and how many there are.
 struct Way {
-    int from[SHARE], to[SHARE];
+    int at[SHARE], count;
 };
 
-__device__ inline Way way_of(const Reorder &task, const Spot &spot, bool turns) {
+// Pixels of a tile of a map of `height` x `width` whose corner is at (top, left).
+__device__ inline Way way_of(int top, int left, int height, int width) {
+    int x = left + threadIdx.x % SIDE, y = top + threadIdx.x / SIDE;
     Way way;
-    int length = task.height * task.width, across_tiles = (task.width + SIDE - 1) / SIDE;
-    int top = spot.tile / across_tiles * SIDE, left = spot.tile % across_tiles * SIDE;
-    int across = threadIdx.x % SIDE, stripe = threadIdx.x / SIDE;
-#pragma unroll
-    for (int k = 0; k < SHARE; k++) {
-        if (turns) {
-            int in_row = left + stripe + k * STRIPE, out_row = top + stripe + k * STRIPE;
-            bool has_in = in_row < task.width && top + across < task.height;
-            bool has_out = out_row < task.height && left + across < task.width;
-            way.from[k] = has_in ? in_row * task.height + top + across : -1;
-            way.to[k] = has_out ? out_row * task.width + left + across : -1;
-        } else {
-            int at = spot.tile * SIDE * SIDE + k * THREADS + threadIdx.x;
-            way.to[k] = at < length ? at : -1;
-            way.from[k] = way.to[k];
-            if (task.table != nullptr && at < length)
-                way.from[k] = task.table[spot.source * length + at];
-        }
-    }
+    EACH_SHARE way.at[k] = (y + k * STRIPE) * width + x;
+    way.count = x < width ? (height - y + STRIPE - 1) / STRIPE : 0;
     return way;
 }
 
-// out[source, batch, walk, row] = in[source, batch, walk, row], permuted and summed over its parts.
-// A block takes the same tile of several rows, the next of which is on its way meanwhile.
-extern "C" __global__ void __launch_bounds__(THREADS) permute(const Reorder task) {
-    __shared__ float tile[2][SIDE][SIDE + 1];
-    Spot spot = take_spot(task);
-    int length = task.height * task.width;
-    const TOKENS *in = task.in + spot.source * task.in_source_stride +
-                       spot.batch * task.in_batch_stride + spot.walk * task.in_walk_stride;
-    TOKENS *out = task.out + spot.source * task.out_source_stride +
-                  spot.batch * task.out_batch_stride + spot.walk * task.out_walk_stride;
-    bool turns = task.table == nullptr && spot.source > 0;
-    Way way = way_of(task, spot, turns);
-    int across = threadIdx.x % SIDE, stripe = threadIdx.x / SIDE;
-    int end = min(spot.row + task.depth, task.rows);
-    float coming[SHARE], value[SHARE];
-    for (int row = spot.row - 1; row < end; row++) {
-        if (row >= spot.row && turns) {
-#pragma unroll
-            for (int k = 0; k < SHARE; k++)
-                tile[row % 2][stripe + k * STRIPE][across] = coming[k];
-        }
-#pragma unroll
-        for (int k = 0; k < SHARE; k++) value[k] = coming[k], coming[k] = 0.0f;
-        for (int part = 0; part < task.parts && row + 1 < end; part++) {
-            const TOKENS *next = in + part * task.in_part_stride + (long long)(row + 1) * length;
-#pragma unroll
-            for (int k = 0; k < SHARE; k++)
-                if (way.from[k] >= 0) coming[k] += to_float(next[way.from[k]]);
-        }
-        if (row < spot.row) continue;
-        if (turns) {
-            __syncthreads();
-#pragma unroll
-            for (int k = 0; k < SHARE; k++)
-                value[k] = tile[row % 2][across][stripe + k * STRIPE];
-        }
-#pragma unroll
-        for (int k = 0; k < SHARE; k++)
-            if (way.to[k] >= 0) from_float(value[k], out[(long long)row * length + way.to[k]]);
+// The pixels of a row, summed over the parts of the input; `row` is where it begins in the first.
+__device__ inline void read_row(const Reorder &task, const TOKENS *row, const Way &way,
+                                float (&pixel)[SHARE]) {
+    EACH_SHARE pixel[k] = k < way.count ? to_float(row[hidden(way.at[k])]) : 0.0f;
+#pragma unroll 1
+    for (int part = 1; part < task.parts; part++) {
+        row += task.in_part_stride;
+        EACH_SHARE if (k < way.count) pixel[k] += to_float(row[way.at[k]]);
     }
+}
+
+__device__ inline void write_row(TOKENS *row, const Way &way, const float (&pixel)[SHARE]) {
+    EACH_SHARE if (k < way.count) from_float(pixel[k], row[hidden(way.at[k])]);
+}
+
+struct Corner {
+    int top, left;
+};
+
+// Of a tile of a whole map.
+__device__ inline Corner corner_of(const Reorder &task, const Spot &spot) {
+    int across_tiles = (task.width + SIDE - 1) / SIDE;
+    return {spot.tile / across_tiles * SIDE, spot.tile % across_tiles * SIDE};
+}
+
+// Rows [0, rows) of `in` turned round: a tile at a time, the next row's on its way meanwhile.
+__device__ inline void turn_rows(const Reorder &task, const Spot &spot, const TOKENS *in,
+                                 TOKENS *out, int rows) {
+    __shared__ float tile[2][SIDE][SIDE + 1];
+    Corner corner = corner_of(task, spot);
+    int length = task.height * task.width;
+    int across = threadIdx.x % SIDE, stripe = threadIdx.x / SIDE;
+    Way from = way_of(corner.left, corner.top, task.width, task.height);
+    Way to = way_of(corner.top, corner.left, task.height, task.width);
+    float coming[SHARE], pixel[SHARE];
+    read_row(task, in, from, coming);
+    for (int row = 0; row < rows; row++, in += length, out += length) {
+        EACH_SHARE tile[row % 2][stripe + k * STRIPE][across] = coming[k];
+        __syncthreads();
+        if (row + 1 < rows) read_row(task, in + length, from, coming);
+        EACH_SHARE pixel[k] = tile[row % 2][across][stripe + k * STRIPE];
+        write_row(out, to, pixel);
+    }
+}
+
+// Rows [0, rows) of `in` in the order of a table, or as they are.
+__device__ inline void look_up_rows(const Reorder &task, const Spot &spot, const TOKENS *in,
+                                    TOKENS *out, int rows) {
+    int length = task.height * task.width;
+    int first = spot.tile * SIDE * SIDE + threadIdx.x;
+    Way from, to;
+    to.count = from.count = (length - first + THREADS - 1) / THREADS;
+    EACH_SHARE {
+        to.at[k] = from.at[k] = first + k * THREADS;
+        if (task.table != nullptr && k < to.count)
+            from.at[k] = task.table[spot.source * length + to.at[k]];
+    }
+    float coming[SHARE], pixel[SHARE];
+    read_row(task, in, from, coming);
+    for (int row = 0; row < rows; row++, in += length, out += length) {
+        EACH_SHARE pixel[k] = coming[k];
+        if (row + 1 < rows) read_row(task, in + length, from, coming);
+        write_row(out, to, pixel);
+    }
+}
+
+// out[source, batch, walk, row] = in[source, batch, walk, row], permuted and summed over its parts.
+// A block takes the same tile of several rows.
+extern "C" __global__ void __launch_bounds__(THREADS, 8) permute(const Reorder task) {
+    Spot spot = take_spot(task);
+    long long start = (long long)spot.row * task.height * task.width;
+    const TOKENS *in = task.in + spot.source * task.in_source_stride +
+                       spot.batch * task.in_batch_stride + spot.walk * task.in_walk_stride + start;
+    TOKENS *out = task.out + spot.source * task.out_source_stride +
+                  spot.batch * task.out_batch_stride + spot.walk * task.out_walk_stride + start;
+    int rows = min(task.depth, task.rows - spot.row);
+    if (task.table == nullptr && spot.source > 0)
+        turn_rows(task, spot, in, out, rows);
+    else
+        look_up_rows(task, spot, in, out, rows);
 }
 
 // out[batch, row, pixel] = the sum over both sources and both their walks of what they hold for it.
@@ -122,8 +148,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) merge(const Reorder task) 
     TOKENS *out = task.out + spot.batch * task.out_batch_stride + (long long)spot.row * length;
     if (task.table != nullptr) {
         int pixel[SHARE], one[SHARE], other[SHARE];
-#pragma unroll
-        for (int k = 0; k < SHARE; k++) {
+        EACH_SHARE {
             pixel[k] = spot.tile * SIDE * SIDE + k * THREADS + threadIdx.x;
             int at = min(pixel[k], length - 1);
             one[k] = task.table[at], other[k] = task.table[length + at];
@@ -132,37 +157,31 @@ extern "C" __global__ void __launch_bounds__(THREADS) merge(const Reorder task) 
         for (long long row = 0; row < end; row++) {
             long long start = row * length;
             float sum[SHARE];
-#pragma unroll
-            for (int k = 0; k < SHARE; k++) {
+            EACH_SHARE {
                 sum[k] = to_float(in[start + one[k]]) + to_float(back[start + one[k]]);
                 sum[k] += to_float(second[start + other[k]]) +
                           to_float(second_back[start + other[k]]);
             }
-#pragma unroll
-            for (int k = 0; k < SHARE; k++)
-                if (pixel[k] < length) from_float(sum[k], out[start + pixel[k]]);
+            EACH_SHARE if (pixel[k] < length) from_float(sum[k], out[start + pixel[k]]);
         }
         return;
     }
-    int across_tiles = (task.width + SIDE - 1) / SIDE;
-    int top = spot.tile / across_tiles * SIDE, left = spot.tile % across_tiles * SIDE;
+    Corner corner = corner_of(task, spot);
     int across = threadIdx.x % SIDE, stripe = threadIdx.x / SIDE;
     float sum[SHARE];
-#pragma unroll
-    for (int k = 0; k < SHARE; k++) {  // all loads before the first use
-        int row = min(left + stripe + k * STRIPE, task.width - 1);
-        int at = row * task.height + min(top + across, task.height - 1);
+    EACH_SHARE {  // all loads before the first use
+        int row = min(corner.left + stripe + k * STRIPE, task.width - 1);
+        int at = row * task.height + min(corner.top + across, task.height - 1);
         tile[stripe + k * STRIPE][across] = to_float(second[at]) + to_float(second_back[at]);
-        row = min(top + stripe + k * STRIPE, task.height - 1);
-        at = row * task.width + min(left + across, task.width - 1);
+        row = min(corner.top + stripe + k * STRIPE, task.height - 1);
+        at = row * task.width + min(corner.left + across, task.width - 1);
         sum[k] = to_float(in[at]) + to_float(back[at]);
     }
     __syncthreads();
-#pragma unroll
-    for (int k = 0; k < SHARE; k++) {
-        int row = top + stripe + k * STRIPE;
-        if (row < task.height && left + across < task.width)
+    EACH_SHARE {
+        int row = corner.top + stripe + k * STRIPE;
+        if (row < task.height && corner.left + across < task.width)
             from_float(sum[k] + tile[across][stripe + k * STRIPE],
-                       out[row * task.width + left + across]);
+                       out[row * task.width + corner.left + across]);
     }
 }

@@ -84,12 +84,6 @@ __device__ inline void stage_matrices(const Scan &scan, const Place &place, int 
     stage(matrices, count, states, rows, scan, place);
 }
 
-// Hidden from the compiler, so that it computes what depends on it anew instead of keeping it.
-__device__ inline int hidden(int x) {
-    keep(x);
-    return x;
-}
-
 #define ASKED 2  // states that lanes ask for again where one is missing
 
 // Where the chunk before hands on what enters this one, for the state of a lane: of states
