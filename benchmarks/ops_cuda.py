@@ -104,7 +104,7 @@ def cells(
     for index, time in enumerate(ours):
         columns += [f"{1e3 * time:.3f}"]
         columns += [f"{1e3 * theirs[index]:.3f}", f"{theirs[index] / time:.2f}"] if theirs else "––"
-        columns += [f"{100 * floors[index] / time:.0f} %"] if floors else []
+        columns += [f"{100 * floors[index] / time:.1f} %"] if floors else []
     return " | ".join(columns)
 
 
