@@ -370,7 +370,8 @@ def test_what_the_driver_is_told_to_launch(starts_early, monkeypatch):
     kernels = library.Kernels(driver, b"")
     kernels.launch("clear", 3, 256, 1000, library._Attribute(), starts_early=starts_early)
     launch = driver.launched
-    assert (*launch.grid, *launch.block) == (3, 1, 1, 256, 1, 1)
+    assert (launch.blocks, launch.blocks_y, launch.blocks_z) == (3, 1, 1)
+    assert (launch.threads, launch.threads_y, launch.threads_z) == (256, 1, 1)
     assert (launch.shared_bytes, launch.stream) == (1000, 77)
     asked = [launch.attributes[k] for k in range(launch.attribute_count)]
     # CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION

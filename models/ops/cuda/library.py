@@ -34,20 +34,21 @@ class _Attribute(ctypes.Structure):
                 ("rest", ctypes.c_int * 15)]  # fmt: skip
 
 
-_EARLY = _Attribute(id=6, value=1)  # CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
+# CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
+_EARLY = ctypes.pointer(_Attribute(id=6, value=1))
 
 
 class _Launch(ctypes.Structure):
     """The driver's CUlaunchConfig."""
 
     _fields_ = [
-        ("grid", ctypes.c_uint * 3),
-        ("block", ctypes.c_uint * 3),
-        ("shared_bytes", ctypes.c_uint),
+        *((name, ctypes.c_uint) for name in (
+            "blocks", "blocks_y", "blocks_z", "threads", "threads_y", "threads_z", "shared_bytes",
+        )),
         ("stream", ctypes.c_void_p),
         ("attributes", ctypes.POINTER(_Attribute)),
         ("attribute_count", ctypes.c_uint),
-    ]
+    ]  # fmt: skip
 
 
 class Kernels:
@@ -92,13 +93,9 @@ class Kernels:
                 self._driver.cuFuncSetAttribute(function, _SHARED_BYTES_ATTRIBUTE, shared_bytes)
             )
             self._shared_bytes[name] = shared_bytes
+        stream = torch.cuda.current_stream().cuda_stream
         launch = _Launch(
-            grid=(blocks, 1, 1),
-            block=(threads, 1, 1),
-            shared_bytes=shared_bytes,
-            stream=torch.cuda.current_stream().cuda_stream,
-            attributes=ctypes.pointer(_EARLY),
-            attribute_count=int(starts_early),
+            blocks, 1, 1, threads, 1, 1, shared_bytes, stream, _EARLY, int(starts_early)
         )
         pointers = (ctypes.c_void_p * 1)(ctypes.addressof(arguments))
         self._check(self._driver.cuLaunchKernelEx(ctypes.byref(launch), function, pointers, None))
