@@ -268,7 +268,7 @@ def _compile(
             library.nvrtcGetProgramLogSize(program, ctypes.byref(size))
             said = ctypes.create_string_buffer(size.value)
             library.nvrtcGetProgramLog(program, said)
-            raise RuntimeError(f"NVRTC: {said.value.decode(errors='replace').strip()[-2000:]}")
+            raise RuntimeError(f"NVRTC: {said.value.decode(errors='replace').strip()[:2000]}")
         size = ctypes.c_size_t()
         _check_compiler(library, library.nvrtcGetCUBINSize(program, ctypes.byref(size)))
         image = ctypes.create_string_buffer(size.value)

@@ -7,7 +7,8 @@
 
 #include "steps.cuh"
 
-// Bring the scalars of all of the block's channels to shared memory.
+// Bring the scalars of all of the block's channels to shared memory. They are few, and the same for
+// all warps: copies by each warp, as of many states, are slower here.
 __device__ inline void stage_scalars(const Scan &scan, const Place &place, float *scalars) {
     int rows = scan.passes * BLOCK_ROWS;
     for (int row = threadIdx.x; row < rows; row += THREADS) {
