@@ -23,11 +23,19 @@ def call_rounded(model: nn.Module, dtype: torch.dtype | None, *inputs: Tensor) -
     weights = {
         f"{name}.weight": module.weight
         for name, module in model.named_modules()
-        if isinstance(module, _PRODUCTS) and not isinstance(module, Float32Conv2d)
+        if isinstance(module, _PRODUCTS) and not _stays_wide(module)
     }
     rounded = _Rounded.apply(dtype, *weights.values())
     with torch.autocast(device, dtype=dtype):
         return torch.func.functional_call(model, dict(zip(weights, rounded, strict=True)), inputs)
+
+
+def _stays_wide(module: nn.Module) -> bool:
+    """Whether autocast leaves the weight alone: a depthwise one's kernel on a GPU takes float32.
+
+    On a CPU autocast itself rounds depthwise weights.
+    """
+    return isinstance(module, Float32Conv2d) or getattr(module, "groups", 1) > 1
 
 
 class _Rounded(torch.autograd.Function):

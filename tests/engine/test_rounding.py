@@ -6,7 +6,7 @@ from torch import nn
 
 from configs import load_config
 from engine.rounding import call_rounded
-from models import build_model
+from models import build_model, layers, mamba
 
 
 @pytest.fixture
@@ -49,6 +49,24 @@ def test_without_a_type_nothing_is_rounded(model):
     expected = outputs_and_gradients(model, model)
     ours = outputs_and_gradients(model, lambda *pair: call_rounded(model, None, *pair))
     assert all(map(torch.equal, ours, expected))
+
+
+def test_kernels_of_ours_get_float32_weights(model, monkeypatch):
+    """Those that autocast does not know: on a GPU rounding would change what they compute."""
+    seen = []
+
+    def watch(name, function):
+        def watched(x, weight, *arguments, **options):
+            seen.append(weight.dtype)
+            return function(x, weight, *arguments, **options)
+
+        monkeypatch.setattr(name, watched)
+
+    watch("models.layers.depthwise_conv", layers.depthwise_conv)
+    watch("models.mamba.conv_silu", mamba.conv_silu)
+    outputs_and_gradients(model, lambda *pair: call_rounded(model, torch.bfloat16, *pair))
+    assert len(seen) > 10
+    assert set(seen) == {torch.float32}
 
 
 @pytest.mark.gpu
