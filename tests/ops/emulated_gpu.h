@@ -207,6 +207,8 @@ LAUNCHER(backward, Scan)
 #elif defined(TOKENS)
 LAUNCHER(permute, Reorder)
 LAUNCHER(merge, Reorder)
+#elif defined(SUM)
+LAUNCHER(sum, Sums)
 #else
 LAUNCHER(clear, Clear)
 #endif

@@ -31,7 +31,8 @@ _folder = tempfile.TemporaryDirectory(prefix="cmfs_emulated_")  # until the test
 def _load(source: str, definitions: tuple[str, ...]) -> ctypes.CDLL:
     target = Path(_folder.name) / f"{len(list(Path(_folder.name).iterdir()))}.so"
     header = Path(__file__).with_name("emulated_gpu.h")
-    macros = [f"-D{macro}" for macro in (*definitions, f'SOURCE="{FOLDER / source}"')]
+    names = (Path(source).stem.upper(), f'SOURCE="{FOLDER / source}"')
+    macros = [f"-D{macro}" for macro in (*definitions, *names)]
     command = [_compiler, "-std=c++17", "-O1", "-w", "-x", "c++", "-shared", "-fPIC", *macros]
     subprocess.run([*command, str(header), "-o", str(target)], check=True)
     return ctypes.CDLL(str(target))

@@ -15,6 +15,7 @@ import pytest
 import torch
 
 from models.ops.cuda import library, reorder, scan
+from models.ops.cuda.sums import sum_first
 from models.ops.selective_scan import cuda as rows
 from models.ops.selective_scan import dispatch, selective_scan
 from models.ops.selective_scan.chunked import selective_scan_chunked
@@ -177,7 +178,9 @@ class TestEmulated:
     @pytest.mark.parametrize("kilobytes", [64, 99, 163, 227])  # of a block: Turing to Hopper
     @pytest.mark.parametrize("rank", [1, 12, 13, 40])
     @pytest.mark.parametrize("states", [1, 3, 16, 64])
-    def test_fits_into_shared_memory(self, states, rank, kilobytes, monkeypatch):
+    @pytest.mark.parametrize("enough", [1, 1000], ids=["many passes", "one pass"])
+    def test_fits_into_shared_memory(self, states, rank, kilobytes, enough, monkeypatch):
+        monkeypatch.setattr(scan, "_ENOUGH_BLOCKS", {"forward": enough, "backward": enough})
         available = (kilobytes - 1) * 1024
         monkeypatch.setattr(library, "shared_bytes", lambda device: available)
         asked = []
@@ -186,7 +189,7 @@ class TestEmulated:
         of_maps.run(inputs, backend="cuda")
         of_rows.run(rows.selective_scan_cuda, of_rows.make_inputs(1, 2, states, 3000, 1))
         sizes = [arguments[5] for arguments in asked]
-        assert len(sizes) == 15
+        assert len(sizes) == 17
         assert max(sizes) <= available
 
     @pytest.mark.parametrize("states", [1, 2])
@@ -194,6 +197,18 @@ class TestEmulated:
         monkeypatch.setattr(scan, "_ENOUGH_BLOCKS", {"forward": 1, "backward": 1})
         assert_rows(of_rows.make_inputs(1, 150, states, 600, 1), 1e-5)
         assert_maps(of_maps.make_inputs(1, 150, states, 2, (12, 25)), 1e-5, "window")
+
+    @pytest.mark.parametrize(("states", "rank"), [(1, 3), (1, 14), (3, 5), (2, 35)])
+    def test_dt_of_several_passes_is_made_at_once(self, states, rank, monkeypatch):
+        monkeypatch.setattr(scan, "_ENOUGH_BLOCKS", {"forward": 1, "backward": 1})
+        assert_maps(of_maps.make_inputs(1, 70, states, rank, (9, 20)), 1e-5, "cross")
+
+    @pytest.mark.parametrize("terms", [1, 2, 9, 70, 300])
+    def test_sums(self, terms):
+        arrays = [torch.randn(terms, 3, 111), torch.randn(7, 1000)]
+        for given, goal in zip(sum_first(*arrays), arrays, strict=True):
+            assert torch.allclose(given, goal.sum(0), atol=1e-4)
+        assert torch.equal(*sum_first(arrays[0], arrays[0]))
 
     def test_blocks_take_further_rows_of_many_states(self, monkeypatch):
         monkeypatch.setattr(scan, "_ENOUGH_BLOCKS", {"forward": 1, "backward": 1})

@@ -56,16 +56,28 @@ __device__ inline void fetch_gradients(const Scan &scan, const Place &place, con
 // What belongs to a channel, in shared memory: bias, skip, and A (later the rate) of its states.
 #define ROW_SCALARS (2 + RATES)
 
-// dt of a warp's rows before bias and softplus: given, or made of the rows of dt_low in `tile`.
+#define LATER ((TOGETHER - 1) * ROWS * PIECES * THREADS)  // float4 of dt that is made ahead
+#define EACH_PASS _Pragma("unroll") for (int p = 0; p < TOGETHER; p++)
+
+// dt of a warp's rows before bias and softplus: given, or made of the rows of dt_low in `tile`, for
+// as many passes together as TOGETHER says. Shared memory delivers 128 bytes a clock: for each pass
+// alone 32 rows of dt_low would take it as long as B and C of 16 states. dt of later passes waits
+// in `later`.
 __device__ inline void begin_steps(const Scan &scan, const Place &place, const Self &self,
                                    const Rows &rows, const Four<TOKENS> *slots, float4 *tile,
-                                   float (&dt)[ROWS][STEPS]) {
+                                   float4 *later, int pass, float (&dt)[ROWS][STEPS]) {
     if (!LOW) {
         EACH_ROW take_tokens(scan.delta + place.own + tokens_of(scan, rows, r), slots, r,
                              rows.left[r], place.reversed, dt[r]);
         return;
     }
-    EACH_ROW EACH_STEP dt[r][i] = 0.0f;
+    later += threadIdx.x;
+    if (pass % TOGETHER > 0) {
+        later += (pass % TOGETHER - 1) * ROWS * PIECES * THREADS;
+        EACH_ROW read_pieces<THREADS>(later + r * PIECES * THREADS, dt[r]);
+        return;
+    }
+    float made[TOGETHER][ROWS][STEPS] = {};
     for (int first = 0; first < scan.rank; first += 2 * STAGE) {
         int count = min(scan.rank - first, 2 * STAGE);
         if (scan.rank > 2 * STAGE) {  // else they are there
@@ -73,24 +85,26 @@ __device__ inline void begin_steps(const Scan &scan, const Place &place, const S
             stage_low(scan, place, first, tile);
             __syncthreads();
         }
-        const float *weight[ROWS];
-        EACH_ROW {
-            long long row = (long long)place.group * scan.channels;
-            row += min(rows.first + r, scan.channels - 1);
-            weight[r] = scan.weight + row * scan.rank + first;
+        int weight[TOGETHER][ROWS];  // where the next lies
+        EACH_PASS EACH_ROW {
+            int row = min(rows.first + p * BLOCK_ROWS + r, scan.channels - 1);
+            weight[p][r] = (place.group * scan.channels + row) * scan.rank + first;
         }
         const float4 *own = tile + self.token_warp * WARP_ROW + self.lane;
-#pragma unroll 2
+#pragma unroll (TOGETHER > 2 ? 1 : 2)
         for (int k = 0; k < count; k++) {
             float value[STEPS];
             read_tile(own, value);
-            EACH_ROW {
-                float w = *weight[r]++;
-                EACH_STEP dt[r][i] = fmaf(w, value[i], dt[r][i]);
+            EACH_PASS EACH_ROW {
+                float w = scan.weight[weight[p][r]++];
+                EACH_STEP made[p][r][i] = fmaf(w, value[i], made[p][r][i]);
             }
             own += TILE_ROW;
         }
     }
+    EACH_ROW EACH_STEP dt[r][i] = made[0][r][i];
+    EACH_PASS EACH_ROW if (p > 0)
+        write_pieces<THREADS>(later + ((p - 1) * ROWS + r) * PIECES * THREADS, made[p][r]);
 }
 
 // dt from that; 0 past the end and in rows that are not there: these change nothing.

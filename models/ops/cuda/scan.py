@@ -17,6 +17,7 @@ from models.ops.cuda import library
 # Blocks take new channels in further passes while there are as many: for each multiprocessor of a
 # large GPU some eleven in a forward and four, which leave fewer sums to add, in a backward.
 _ENOUGH_BLOCKS = {"forward": 1500, "backward": 528}
+_SMALL_RANK = 12  # of dt_low: it takes little shared memory, and little time
 
 
 class Scan(NamedTuple):
@@ -116,14 +117,15 @@ _WARP_TOKENS = 256  # in every layout
 def _token_warps(length: int, states: int, rank: int) -> int:
     # long sequences of one state are limited by memory alone: few borders, many tokens a block
     # (and dt_low of such a block must fit into 64 KB)
-    return 4 if states == 1 and length > 2048 and rank <= 12 else 1
+    return 4 if states == 1 and length > 2048 and rank <= _SMALL_RANK else 1
 
 
 def _layout(name: str, scan: Scan) -> _Layout:
     """What was fastest; a forward and its backward have the same chunks."""
     if scan.states == 1:
         token_warps = _token_warps(scan.sizes[-1], 1, scan.rank)
-        return _Layout(1, 32, 8, 1, token_warps, 4 // token_warps, 6 if name == "forward" else 4)
+        blocks = 4 if name == "backward" else 6 if scan.rank <= _SMALL_RANK else 5
+        return _Layout(1, 32, 8, 1, token_warps, 4 // token_warps, blocks)
     if name == "forward":
         return _Layout(0, 16, 16, 1, 1, 8, 2)
     return _Layout(0, 32, 8, 2, 1, _plan(scan).row_warps, 1)
@@ -178,15 +180,15 @@ def scan_backward(
         grad_y: of each source (batch, D, L), laid out like u: all walks of a source share it.
         grad_u, grad_delta: (sources, batch, walks, D, L).
     Returns:
-        Float32 gradients of B and C (parts, sources, batch, walks, 2, N, L), to be summed over the
-        parts, and of what A holds, D and the bias (groups, D, N + 2).
+        Float32 gradients of B and C (parts, sources, batch, walks, 2, N, L), and of what A holds, D
+        and the bias (parts, groups, D, N + 2), both to be summed over their parts.
     """
     groups, batch, channels, length = scan.sizes
     states = scan.states
     *by_walk, _, _ = scan.B.shape
     if not grad_u.numel():
         return (scan.A.new_zeros(1, *by_walk, 2, states, length),
-                scan.A.new_zeros(groups, channels, states + 2))  # fmt: skip
+                scan.A.new_zeros(1, groups, channels, states + 2))  # fmt: skip
     grad_borders = _not_yet(borders.numel(), scan.A)
     arguments = _arguments("backward", scan, grad_u, borders)
     parts = scan.A.new_empty(arguments.blocks, *by_walk, 2, states, length)
@@ -201,7 +203,7 @@ def scan_backward(
     (arguments.part_stride, arguments.part_source_stride, arguments.part_batch_stride,
      arguments.part_walk_stride, arguments.part_kind_stride) = parts.stride()[:5]  # fmt: skip
     _launch("backward", scan, arguments, (*grad_y, grad_u, grad_delta, parts))
-    return parts, rows.sum(0)
+    return parts, rows
 
 
 class _Clear(ctypes.Structure):
@@ -210,11 +212,15 @@ class _Clear(ctypes.Structure):
     _fields_ = [("words", ctypes.c_void_p), ("count", ctypes.c_longlong)]
 
 
+_CLEARED = 4096  # words of a block of clear.cu
+
+
 def _not_yet(count: int, like: Tensor) -> Tensor:
     """Words that cannot be read yet (NOT_YET in numbers.cuh), the last of them the counter."""
     words = torch.empty(count, dtype=torch.float32, device=like.device)
     task = _Clear(words=words.data_ptr(), count=count)
-    library.launch("clear.cu", (), "clear", math.ceil(count / 256), 256, 0, task, words)
+    blocks = math.ceil(count / _CLEARED)
+    library.launch("clear.cu", (), "clear", blocks, 256, 0, task, words)
     return words
 
 
@@ -286,15 +292,30 @@ def _shared_memory(
     return 4 * (layout.chunk * tile_rows + lines + scalars), copied
 
 
+def _together(name: str, scan: Scan, passes: int) -> int:
+    """For how many passes dt is made at once, if shared memory has room for what waits."""
+    if scan.low is None:
+        return 1
+    if scan.states > 1:  # a backward has two channels a lane as it is
+        return min(passes, 2) if name == "forward" else 1
+    return 1 if name == "forward" and scan.rank <= _SMALL_RANK else min(passes, 4)
+
+
 def _launch(name: str, scan: Scan, arguments: _Arguments, others: tuple[Tensor, ...]) -> None:
     tensors = [*scan.u, scan.delta, scan.low, scan.B, scan.C, *others]
     is_aligned = arguments.length % 4 == 0 and all(
         x.data_ptr() % (4 * x.element_size()) == 0 for x in tensors if x is not None
     )
     layout, stage = _layout(name, scan), _plan(scan).stage
+    available = library.shared_bytes(scan.A.device)
     kept, copied = _shared_memory(name, scan, layout, stage, arguments.passes)
+    waiting = 4 * layout.chunk * layout.block_rows  # bytes of dt of a pass
+    together = _together(name, scan, arguments.passes)
+    while layout.blocks * (kept + copied + (together - 1) * waiting) > available and together > 1:
+        together //= 2
+    kept += (together - 1) * waiting
     has_copies = is_aligned and library.copies_to_shared(scan.A.device)
-    has_copies &= kept + copied <= library.shared_bytes(scan.A.device)
+    has_copies &= kept + copied <= available
     definitions = {
         "TOKENS": library.TYPES[scan.u[0].dtype],
         "MATRIX": library.TYPES[scan.B.dtype],
@@ -302,6 +323,7 @@ def _launch(name: str, scan: Scan, arguments: _Arguments, others: tuple[Tensor, 
         "STAGE": stage,
         "REVERSIBLE": int(arguments.groups > arguments.sources),
         "LOW": int(scan.low is not None),
+        "TOGETHER": together,
         "ALIGNED": int(is_aligned),
         "PREFETCH": int(has_copies),
     }

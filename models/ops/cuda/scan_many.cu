@@ -101,7 +101,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) forward(const Scan
     take_place(scan, false, place, self);
     float4 *low = low_of(scan, shared, FORWARD_ROWS);
     Four<TOKENS> *slots = (Four<TOKENS> *)after_low(scan, low);
-    float *all_scalars = scalars_of_warp(scan, (float *)(slots + PREFETCH * (1 + !LOW) * SLOTS));
+    float4 *later = (float4 *)(slots + PREFETCH * (1 + !LOW) * SLOTS);
+    float *all_scalars = scalars_of_warp(scan, (float *)(later + LATER));
     Rows rows = rows_of(scan, place, self, 0);
     fetch_inputs(scan, place, self, rows, slots, slots + SLOTS);
     fetch_scalars(scan, place, self, 0, min(scan.states, STAGE), all_scalars);
@@ -122,7 +123,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) forward(const Scan
         unsigned handed = look(entry, takes_over);
         if (PREFETCH) wait_for_copies();
         __syncwarp();  // lanes fetched scalars for one another
-        begin_steps(scan, place, self, rows, slots + SLOTS, low, dt);
+        begin_steps(scan, place, self, rows, slots + SLOTS, low, later, pass, dt);
         finish_steps(scan, rows, scalars, dt);
         spans_of(dt, span);
         sum_up(span, self.lane, span_up);
@@ -316,7 +317,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) backward(const Sca
             take_tokens(scan.grad_y + place.grad + at, grad_slots, r, rows.left[r],
                         place.reversed, dy[r]);
         }
-        begin_steps(scan, place, self, rows, delta_slots, low, dt);
+        begin_steps(scan, place, self, rows, delta_slots, low, nullptr, pass, dt);
         finish_steps(scan, rows, scalars, dt);
         spans_of(dt, span);
         begin_inputs(dt, input);

@@ -79,7 +79,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) forward(const Scan
     take_place(scan, false, taken, self);
     const Place place = taken;
     Four<TOKENS> *slots = slots_of(scan, shared, 0);
-    float *all_scalars = (float *)(slots + PREFETCH * (1 + !LOW) * SLOTS);
+    float4 *later = (float4 *)(slots + PREFETCH * (1 + !LOW) * SLOTS);
+    float *all_scalars = (float *)(later + LATER);
     bool hands_on = place.chunk + 1 < scan.chunks && self.lane == LANES - 1 &&
                     self.token_warp == TOKEN_WARPS - 1;
     Rows rows = rows_of(scan, place, self, 0);
@@ -104,7 +105,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) forward(const Scan
         if (PREFETCH) wait_for_copies();
         take_tokens(scan.u + place.shared + rows.tokens, slots, 0, rows.left[0], place.reversed,
                     input[0]);
-        begin_steps(scan, place, self, rows, slots + SLOTS, shared, dt);
+        begin_steps(scan, place, self, rows, slots + SLOTS, shared, later, pass, dt);
         if (PREFETCH && pass + 1 < scan.passes)
             fetch_inputs(scan, place, self, rows_after(scan, self, rows), slots, slots + SLOTS);
         finish_steps(scan, rows, scalars, dt);
@@ -173,7 +174,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) backward(const Sca
     // u twice: it is needed once more at the end of a pass
     Four<TOKENS> *u_slots = slots_of(scan, shared, ROW_WARPS > 1 ? 2 : 0);
     Four<TOKENS> *grad_slots = u_slots + 2 * SLOTS, *delta_slots = grad_slots + SLOTS;
-    float *all_scalars = (float *)(u_slots + PREFETCH * (3 + !LOW) * SLOTS);
+    float4 *later = (float4 *)(u_slots + PREFETCH * (3 + !LOW) * SLOTS);
+    float *all_scalars = (float *)(later + LATER);
     bool has_before = place.chunk > 0;
     bool hands_on = has_before && self.lane == 0 && self.token_warp == 0;
     Rows rows = rows_of(scan, place, self, 0);
@@ -206,7 +208,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) backward(const Sca
                     input[0]);
         take_tokens(scan.grad_y + place.grad + rows.tokens, grad_slots, 0, rows.left[0],
                     place.reversed, dy[0]);
-        begin_steps(scan, place, self, rows, delta_slots, shared, dt);
+        begin_steps(scan, place, self, rows, delta_slots, shared, later, pass, dt);
         finish_steps(scan, rows, scalars, dt);
         float rate[ROWS] = {scalars[2]};
         spans_of(dt, span);

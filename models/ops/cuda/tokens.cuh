@@ -101,19 +101,29 @@ __device__ inline void take_tokens(const TOKENS *first, const Four<TOKENS> *slot
 #define WARP_ROW (PIECES * SEGMENT)  // in float4
 #define TILE_ROW (TOKEN_WARPS * WARP_ROW)
 
-__device__ inline void read_tile(const float4 *row, float (&out)[STEPS]) {
+template <int apart>  // in float4
+__device__ inline void read_pieces(const float4 *first, float (&out)[STEPS]) {
 #pragma unroll
     for (int k = 0; k < PIECES; k++) {
-        float4 piece = row[k * SEGMENT];
+        float4 piece = first[k * apart];
         out[4 * k] = piece.x, out[4 * k + 1] = piece.y;
         out[4 * k + 2] = piece.z, out[4 * k + 3] = piece.w;
     }
 }
 
-__device__ inline void write_tile(float4 *row, const float (&in)[STEPS]) {
+template <int apart>
+__device__ inline void write_pieces(float4 *first, const float (&in)[STEPS]) {
 #pragma unroll
     for (int k = 0; k < PIECES; k++)
-        row[k * SEGMENT] = make_float4(in[4 * k], in[4 * k + 1], in[4 * k + 2], in[4 * k + 3]);
+        first[k * apart] = make_float4(in[4 * k], in[4 * k + 1], in[4 * k + 2], in[4 * k + 3]);
+}
+
+__device__ inline void read_tile(const float4 *row, float (&out)[STEPS]) {
+    read_pieces<SEGMENT>(row, out);
+}
+
+__device__ inline void write_tile(float4 *row, const float (&in)[STEPS]) {
+    write_pieces<SEGMENT>(row, in);
 }
 
 __device__ inline void add_to_tile(float4 *row, const float (&x)[STEPS]) {

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from models.ops.cuda.library import check_tensor
 from models.ops.cuda.scan import Scan, count_borders, scan_backward, scan_forward
+from models.ops.cuda.sums import sum_first
 from models.ops.layout import contiguous
 from models.ops.selective_scan.gradients import register_gradients
 
@@ -96,7 +97,8 @@ def _backward(
         _grouped(grad_u, groups)[:, :, None],
         _grouped(grad_delta, groups)[:, :, None],
     )
-    return grad_u, grad_delta, parts.sum(0).squeeze(2), rows.flatten(0, 1)
+    matrices, rows = sum_first(parts, rows)
+    return grad_u, grad_delta, matrices.squeeze(2), rows.flatten(0, 1)
 
 
 @_backward.register_fake

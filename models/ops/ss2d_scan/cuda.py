@@ -13,6 +13,7 @@ from torch import Tensor
 from models.ops.cuda.library import check_tensor
 from models.ops.cuda.reorder import from_orders, merge_orders, to_orders
 from models.ops.cuda.scan import Scan, count_borders, scan_backward, scan_forward
+from models.ops.cuda.sums import sum_first
 from models.ops.layout import contiguous
 from models.ops.ss2d_scan.orders import scan_orders
 from models.ops.triton_support import has_triton
@@ -117,7 +118,7 @@ def _backward(
     _to_orders(grad_tokens, grad_orders, hw, pixels)
     grad_directions, grad_dt = (x.new_empty(2, batch, 2, channels, tokens.shape[2])
                                 for _ in range(2))  # fmt: skip
-    parts, of_rows = scan_backward(
+    parts, rows = scan_backward(
         _as_scan(tokens, orders, projected, weight, bias, A_logs, D),
         borders,
         _sources(grad_tokens, grad_orders),
@@ -132,8 +133,8 @@ def _backward(
     grad_low = torch.matmul(to_low, grad_dt).float()
     # over parts and images: (parts, 2 orders, B, 2 walks, D, R) to (4 directions, D, R)
     of_weight = _products(grad_dt, projected, rank).permute(0, 2, 3, 1, 4, 5).sum((0, 1))
-    rows = to_projected.shape[:2].numel()
-    on_map = weight.new_empty(batch, rows, tokens.shape[2])  # of the projections
+    of_all = to_projected.shape[:2].numel()
+    on_map = weight.new_empty(batch, of_all, tokens.shape[2])  # of the projections
     by_order = _by_order(on_map)
     from_orders(grad_low[None], by_order[:, :, :, :rank], hw, steps)
     from_orders(parts.flatten(4, 5), by_order[:, :, :, rank:], hw, steps)
@@ -145,7 +146,7 @@ def _backward(
         grad_x,
         of_projection.view_as(to_projected).to(to_projected.dtype),
         of_weight.flatten(0, 1),
-        of_rows,
+        *sum_first(rows),
     )
 
 

@@ -1,0 +1,46 @@
+"""Sums over the first dimension of what the blocks of a scan leave, with the launches of sum.cu."""
+
+import ctypes
+import math
+
+import torch
+from torch import Tensor
+
+from models.ops.cuda import library
+
+_THREADS = 256
+_TERMS = 8  # that a thread adds up, if there are threads enough
+
+
+class _Sum(ctypes.Structure):
+    """The struct Sum of sum.cu."""
+
+    _fields_ = [
+        ("in_", ctypes.c_void_p), ("out", ctypes.c_void_p), ("count", ctypes.c_longlong),
+        *((name, ctypes.c_int) for name in ("terms", "slices", "blocks")),
+    ]  # fmt: skip
+
+
+class _Sums(ctypes.Structure):
+    """The struct Sums of sum.cu."""
+
+    _fields_ = [("one", _Sum), ("other", _Sum)]
+
+
+def sum_first(*tensors: Tensor) -> list[Tensor]:
+    """x.sum(0) of one or two contiguous float32 tensors on a GPU, in one launch."""
+    sums = [torch.empty(x.shape[1:], dtype=x.dtype, device=x.device) for x in tensors]
+    tasks = [_task(x, out) for x, out in zip(tensors, sums, strict=True)]
+    blocks = sum(task.blocks for task in tasks)
+    if blocks:
+        library.launch("sum.cu", (), "sum", blocks, _THREADS, 0, _Sums(*tasks), tensors[0])
+    return sums
+
+
+def _task(x: Tensor, out: Tensor) -> _Sum:
+    terms, count = x.shape[0], out.numel()
+    slices = 1
+    while slices < 32 and slices * _TERMS < terms:
+        slices *= 2
+    blocks = math.ceil(count * slices / _THREADS)
+    return _Sum(x.data_ptr(), out.data_ptr(), count, terms, slices, blocks)
