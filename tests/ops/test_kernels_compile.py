@@ -28,7 +28,8 @@ pytestmark = pytest.mark.skipif(
 )
 
 SIZES = {"length", "channels", "groups", "R", "N", "chunks", "blocks", "batches", "splits", "rows"}
-SIZES |= {"reversed_sets", "columns", "x_rows", "tiles", "rounds", "stride", "z_stride"}
+SIZES |= {"reversed_sets", "columns", "tiles", "rounds", "stride", "z_stride"}
+SIZES |= {"outer_stride", "middle_stride", "inner_stride", "middle", "inner"}
 SIZES |= {"height", "width", "strips", "x_stride", "grad_stride"}
 SIZES |= {"residual_stride", "planes", "new_width"}
 INDICES = {"pixels", "steps"}

@@ -178,7 +178,7 @@ def scan_backward(
     Args:
         borders: what scan_forward returned.
         grad_y: of each source (batch, D, L), laid out like u: all walks of a source share it.
-        grad_u, grad_delta: (sources, batch, walks, D, L).
+        grad_u, grad_delta: (sources, batch, walks, D, L), of the same strides.
     Returns:
         Float32 gradients of B and C (parts, sources, batch, walks, 2, N, L), and of what A holds, D
         and the bias (parts, groups, D, N + 2), both to be summed over their parts.

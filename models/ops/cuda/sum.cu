@@ -1,5 +1,5 @@
-// Sums over the first dimension of one or two arrays (terms, count): what the blocks of a scan leave
-// to be added up. In the same order in every run.
+// Sums over the first dimension of arrays (terms, count): what the blocks of a scan, or of a long
+// product, leave to be added up. In the same order in every run.
 
 #include "numbers.cuh"
 
@@ -13,15 +13,17 @@ struct Sum {
 };
 
 struct Sums {
-    Sum one, other;
+    Sum sums[3];  // those that are not there have no blocks
 };
 
 extern "C" __global__ void __launch_bounds__(THREADS) sum(const Sums task) {
     __shared__ float partial[THREADS];
     wait_for_kernel_before();
-    bool is_other = blockIdx.x >= task.one.blocks;
-    const Sum own = is_other ? task.other : task.one;
-    int block = blockIdx.x - (is_other ? task.one.blocks : 0);
+    int block = blockIdx.x;
+    Sum own = task.sums[0];
+#pragma unroll
+    for (int k = 1; k < 3; k++)
+        if (block >= own.blocks) block -= own.blocks, own = task.sums[k];
     int outputs = THREADS / own.slices, slice = threadIdx.x / outputs;
     long long at = (long long)block * outputs + threadIdx.x % outputs;
     float total = 0.0f;

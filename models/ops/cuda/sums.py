@@ -1,4 +1,4 @@
-"""Sums over the first dimension of what the blocks of a scan leave, with the launches of sum.cu."""
+"""Sums over what blocks leave to be added up, with the launches of sum.cu."""
 
 import ctypes
 import math
@@ -9,6 +9,7 @@ from torch import Tensor
 from models.ops.cuda import library
 
 _THREADS = 256
+_MOST = 3  # arrays of a launch
 _TERMS = 8  # that a thread adds up, if there are threads enough
 
 
@@ -24,16 +25,18 @@ class _Sum(ctypes.Structure):
 class _Sums(ctypes.Structure):
     """The struct Sums of sum.cu."""
 
-    _fields_ = [("one", _Sum), ("other", _Sum)]
+    _fields_ = [("sums", _Sum * _MOST)]
 
 
 def sum_first(*tensors: Tensor) -> list[Tensor]:
-    """x.sum(0) of one or two contiguous float32 tensors on a GPU, in one launch."""
+    """x.sum(0) of up to three contiguous float32 tensors on a GPU, in one launch."""
     sums = [torch.empty(x.shape[1:], dtype=x.dtype, device=x.device) for x in tensors]
     tasks = [_task(x, out) for x, out in zip(tensors, sums, strict=True)]
     blocks = sum(task.blocks for task in tasks)
     if blocks:
-        library.launch("sum.cu", (), "sum", blocks, _THREADS, 0, _Sums(*tasks), tensors[0])
+        library.launch(
+            "sum.cu", (), "sum", blocks, _THREADS, 0, _Sums((_Sum * _MOST)(*tasks)), tensors[0]
+        )
     return sums
 
 

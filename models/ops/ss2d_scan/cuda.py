@@ -5,6 +5,8 @@ directions are projected by one product on the map; one kernel walks both orders
 dt of dt_low as it goes; what the four directions say of a pixel is added at the end. No dt and no
 copy for the reversed directions exists. Saved for the backward are the map in its other order, the
 projections, and one state per chunk. Deterministic.
+
+Direction = order + 2 · walk, everywhere.
 """
 
 import torch
@@ -65,7 +67,7 @@ def _forward(
     """y (B, D, H, W), and for the backward: orders, projections, and states between chunks.
 
     x (B, D, H, W); to_projected (4, R + 2N, D); weight (4, D, R), bias and D (4, D) and A_logs
-    (4, D, N) in float32. Direction = order + 2 · walk.
+    (4, D, N) in float32.
     """
     x = x.contiguous()
     batch, channels, *hw = x.shape
@@ -73,16 +75,21 @@ def _forward(
     orders = _empty_orders(x, scan)
     tokens = x.flatten(2)
     _to_orders(tokens, orders, hw, pixels)
-    on_map = torch.bmm(
-        to_projected.flatten(0, 1).expand(batch, -1, -1), tokens.to(to_projected.dtype)
-    )
-    projected = _empty_projected(x, to_projected)
-    to_orders(_by_order(on_map), projected, hw, pixels)
+    slots, projections = _empty_projections(x, to_projected, scan)
+    product = to_projected.flatten(0, 1).expand(batch, -1, -1), tokens.to(to_projected.dtype)
+    if scan == "cross":  # the first order's projections stay where the product puts them
+        on_map = slots[:, :4]
+        torch.bmm(*product, out=on_map.flatten(1, 2))
+        to_orders(_by_order(on_map)[1:], projections[1:], hw, None, first_source=1)
+    else:
+        on_map = torch.bmm(*product).unflatten(1, (4, -1))
+        to_orders(_by_order(on_map), projections, hw, pixels)
     y = torch.empty_like(x)
-    directions = x.new_empty(2, batch, 2, channels, tokens.shape[2])
-    borders = scan_forward(_as_scan(tokens, orders, projected, weight, bias, A_logs, D), directions)
+    directions = _by_order(x.new_empty(batch, 4, channels, tokens.shape[2]))
+    task = _as_scan(tokens, orders, projections, weight, bias, A_logs, D)
+    borders = scan_forward(task, directions)
     merge_orders(directions, y.flatten(2), hw, steps)
-    return y, orders, projected, borders
+    return y, orders, projections, borders
 
 
 @_forward.register_fake
@@ -90,7 +97,8 @@ def _(x, to_projected, weight, bias, A_logs, D, scan, window):
     batch, channels, height, width = x.shape
     y = torch.empty_like(x, memory_format=torch.contiguous_format)
     count = count_borders(batch, 4, channels, height * width, A_logs.shape[2], weight.shape[2])
-    return y, _empty_orders(x, scan), _empty_projected(x, to_projected), A_logs.new_empty(count)
+    _, projections = _empty_projections(x, to_projected, scan)
+    return y, _empty_orders(x, scan), projections, A_logs.new_empty(count)
 
 
 @torch.library.custom_op("cmfs::ss2d_scan_cuda_backward", mutates_args=())
@@ -103,7 +111,7 @@ def _backward(
     A_logs: Tensor,
     D: Tensor,
     orders: Tensor,
-    projected: Tensor,
+    projections: Tensor,
     borders: Tensor,
     scan: str,
     window: int,
@@ -116,42 +124,42 @@ def _backward(
     pixels, steps = _tables(*hw, scan, window, x.device)
     grad_orders = torch.empty_like(orders)
     _to_orders(grad_tokens, grad_orders, hw, pixels)
-    grad_directions, grad_dt = (x.new_empty(2, batch, 2, channels, tokens.shape[2])
-                                for _ in range(2))  # fmt: skip
+    grad_directions, grad_dt = (x.new_empty(batch, 4, channels, tokens.shape[2]) for _ in range(2))
     parts, rows = scan_backward(
-        _as_scan(tokens, orders, projected, weight, bias, A_logs, D),
+        _as_scan(tokens, orders, projections, weight, bias, A_logs, D),
         borders,
         _sources(grad_tokens, grad_orders),
-        grad_directions,
-        grad_dt,
+        _by_order(grad_directions),
+        _by_order(grad_dt),
     )
     grad_x = torch.empty_like(x)
-    merge_orders(grad_directions, grad_x.flatten(2), hw, steps)
+    merge_orders(_by_order(grad_directions), grad_x.flatten(2), hw, steps)
     del grad_directions
-    # (2 orders, 1, 2 walks, R, D) from (4 directions, D, R)
-    to_low = weight.unflatten(0, (2, 2)).permute(1, 0, 3, 2)[:, None].to(grad_dt.dtype)
-    grad_low = torch.matmul(to_low, grad_dt).float()
-    # over parts and images: (parts, 2 orders, B, 2 walks, D, R) to (4 directions, D, R)
-    of_weight = _products(grad_dt, projected, rank).permute(0, 2, 3, 1, 4, 5).sum((0, 1))
-    of_all = to_projected.shape[:2].numel()
-    on_map = weight.new_empty(batch, of_all, tokens.shape[2])  # of the projections
-    by_order = _by_order(on_map)
-    from_orders(grad_low[None], by_order[:, :, :, :rank], hw, steps)
-    from_orders(parts.flatten(4, 5), by_order[:, :, :, rank:], hw, steps)
-    on_map = on_map.to(x.dtype)
+    grad_low = torch.matmul(weight.mT.to(grad_dt.dtype), grad_dt).float()
+    low = projections[:, :, :, :rank].permute(1, 2, 0, 3, 4)  # (B, 2 walks, 2 orders, R, L)
+    of_weight = _products(grad_dt.unflatten(1, (2, 2)), low)
+    on_map = weight.new_empty(batch, 4, to_projected.shape[1], tokens.shape[2])  # of projections
+    grad_by_order = _by_order(on_map)
+    from_orders(_by_order(grad_low)[None], grad_by_order[:, :, :, :rank], hw, steps)
+    from_orders(parts.flatten(4, 5), grad_by_order[:, :, :, rank:], hw, steps)
+    on_map = on_map.flatten(1, 2).to(x.dtype)
     back = to_projected.flatten(0, 1).T.expand(batch, -1, -1)
     grad_x.flatten(2).baddbmm_(back.to(x.dtype), on_map)
-    of_projection = _products(on_map, tokens, channels).sum((0, 1))
+    of_projection = _products(on_map, tokens)
+    # over parts of the tokens, and images
+    of_weight, of_projection, rows = sum_first(
+        of_weight.flatten(0, 1), of_projection.flatten(0, 1), rows
+    )
     return (
         grad_x,
         of_projection.view_as(to_projected).to(to_projected.dtype),
         of_weight.flatten(0, 1),
-        *sum_first(rows),
+        rows,
     )
 
 
 @_backward.register_fake
-def _(grad_y, x, to_projected, weight, bias, A_logs, D, orders, projected, borders, scan, window):
+def _(grad_y, x, to_projected, weight, bias, A_logs, D, *others):
     whole = torch.contiguous_format
     tensors = (torch.empty_like(t, memory_format=whole) for t in (x, to_projected, weight))
     return *tensors, A_logs.new_empty(*A_logs.shape[:2], A_logs.shape[2] + 2)
@@ -189,10 +197,19 @@ def _empty_orders(x: Tensor, scan: str) -> Tensor:
     return x.new_empty(1 if scan == "cross" else 2, *x.shape[:2], x.shape[2] * x.shape[3])
 
 
-def _empty_projected(x: Tensor, to_projected: Tensor) -> Tensor:
-    """(2 orders, B, 2 walks, R + 2N, L)."""
-    shape = (2, x.shape[0], 2, to_projected.shape[1], x.shape[2] * x.shape[3])
-    return x.new_empty(shape, dtype=to_projected.dtype)
+def _empty_projections(x: Tensor, to_projected: Tensor, scan: str) -> tuple[Tensor, Tensor]:
+    """(B, slots, R + 2N, L), and a view (2 orders, B, 2 walks, R + 2N, L): what is scanned.
+
+    Inside windows there is a slot for each direction. Of a whole map there are seven: the product
+    fills the first four, with all directions on the map; slots 1 and 3 hold the second order's,
+    which are brought into that order to slots 4 and 6.
+    """
+    is_whole = scan == "cross"
+    shape = (x.shape[0], 7 if is_whole else 4, to_projected.shape[1], x.shape[2] * x.shape[3])
+    slots = x.new_empty(shape, dtype=to_projected.dtype)
+    if is_whole:
+        return slots, slots[:, ::2].unflatten(1, (2, 2)).transpose(0, 1)
+    return slots, _by_order(slots)
 
 
 def _to_orders(tokens: Tensor, orders: Tensor, hw: list[int], pixels: Tensor | None) -> None:
@@ -200,9 +217,9 @@ def _to_orders(tokens: Tensor, orders: Tensor, hw: list[int], pixels: Tensor | N
     to_orders(*walks, hw, pixels, first_source=2 - len(orders))
 
 
-def _by_order(on_map: Tensor) -> Tensor:
-    """(B, 4 · rows, L) -> a view (2 orders, B, 2 walks, rows, L); direction = order + 2 · walk."""
-    return on_map.unflatten(1, (2, 2, -1)).permute(2, 0, 1, 3, 4)
+def _by_order(x: Tensor) -> Tensor:
+    """(B, 4 directions, rows, L) -> a view (2 orders, B, 2 walks, rows, L)."""
+    return x.unflatten(1, (2, 2)).permute(2, 0, 1, 3, 4)
 
 
 def _sources(tokens: Tensor, orders: Tensor) -> tuple[Tensor, Tensor]:
@@ -213,7 +230,7 @@ def _sources(tokens: Tensor, orders: Tensor) -> tuple[Tensor, Tensor]:
 def _as_scan(
     tokens: Tensor,
     orders: Tensor,
-    projected: Tensor,
+    projections: Tensor,
     weight: Tensor,
     bias: Tensor,
     A_logs: Tensor,
@@ -221,7 +238,7 @@ def _as_scan(
 ) -> Scan:
     weight, bias, A_logs, D = contiguous(weight, bias, A_logs, D)
     rank, states = weight.shape[2], A_logs.shape[2]
-    low, B, C = projected.split([rank, states, states], dim=3)
+    low, B, C = projections.split([rank, states, states], dim=3)
     return Scan(
         u=_sources(tokens, orders),
         delta=None,
@@ -237,13 +254,13 @@ def _as_scan(
     )
 
 
-def _products(gradient: Tensor, x: Tensor, columns: int) -> Tensor:
-    """gradient (..., rows, L) · xᵀ (..., columns or more, L), of which the first, in float32.
+def _products(gradient: Tensor, x: Tensor) -> Tensor:
+    """gradient (..., rows, L) · xᵀ (..., columns, L) in float32, (parts, ..., rows, columns).
 
-    (parts, ..., rows, columns), to be summed over parts of the tokens.
+    To be summed over parts of the tokens.
     """
     if gradient.is_cuda and has_triton():
         from models.ops.ss2d_scan.triton import long_product
 
-        return long_product(gradient, x, columns)
-    return torch.matmul(gradient.float(), x[..., :columns, :].float().mT)[None]
+        return long_product(gradient, x, x.shape[-2])
+    return torch.matmul(gradient.float(), x.float().mT)[None]

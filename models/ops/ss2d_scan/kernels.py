@@ -464,7 +464,7 @@ def _from_orders_kernel(x, steps, out, length, rows, ROWS: tl.constexpr, TOKENS:
     tl.store(out + start + pixel[None, :], total.to(out.dtype.element_ty), mask=valid)
 
 
-@triton.jit(do_not_specialize=["rows", "columns", "x_rows", "tiles", "rounds"])
+@triton.jit(do_not_specialize=["rows", "columns", "middle", "inner", "tiles", "rounds"])
 def _long_product_kernel(
     gradient,
     x,
@@ -472,7 +472,11 @@ def _long_product_kernel(
     length,
     rows,
     columns,
-    x_rows,
+    outer_stride,
+    middle_stride,
+    inner_stride,
+    middle,
+    inner,
     tiles,
     rounds,
     ROWS: tl.constexpr,
@@ -482,9 +486,10 @@ def _long_product_kernel(
 ):
     """parts[s, q] = gradient[q] · x[q]ᵀ over the s-th `rounds` · TOKENS tokens of sequence q.
 
-    gradient (sequences, rows, L); x (sequences, x_rows, L), of which the first `columns`; parts
-    (splits, sequences, rows, columns). The sum over tokens is long and its result small: without
-    the cut few programs would run.
+    gradient (sequences, rows, L); x (sequences, rows of its own, L), of which the first `columns`,
+    where sequences are (outer, middle, inner) that lie as the strides say; parts (splits,
+    sequences, rows, columns). The sum over tokens is long and its result small: without the cut few
+    programs would run.
     """
     tile = tl.program_id(0)
     split = tl.program_id(1)
@@ -492,7 +497,10 @@ def _long_product_kernel(
     row = (tile // tiles) * ROWS + tl.arange(0, ROWS)
     column = (tile % tiles) * COLUMNS + tl.arange(0, COLUMNS)
     gradient += (sequence * rows + row[:, None]).to(tl.int64) * length
-    x += (sequence * x_rows + column[:, None]).to(tl.int64) * length
+    x += (sequence // inner // middle).to(tl.int64) * outer_stride
+    x += (sequence // inner % middle).to(tl.int64) * middle_stride
+    x += (sequence % inner).to(tl.int64) * inner_stride
+    x += column[:, None].to(tl.int64) * length
     total = tl.zeros([ROWS, COLUMNS], tl.float32)
     for step in range(rounds):
         token = ((split * rounds + step) * TOKENS + tl.arange(0, TOKENS))[None, :]

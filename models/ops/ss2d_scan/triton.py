@@ -212,9 +212,12 @@ def _(gradient, x):
 def long_product(gradient: Tensor, x: Tensor, columns: int) -> Tensor:
     """gradient · xᵀ (parts, ..., rows, columns) in float32, to be summed over parts of the tokens.
 
-    gradient (..., rows, L); x (..., columns or more, L), of which the first count; both contiguous.
+    gradient (..., rows, L), contiguous; x (..., columns or more, L), of which the first count, with
+    at most three dimensions before, of any strides.
     """
     *sequences, rows, length = gradient.shape
+    _, middle, inner = (1, 1, 1, *sequences)[-3:]
+    strides = (0, 0, 0, *x.stride()[:-2])[-3:]
     shape = _tuning.product
     tiles, column_tiles = triton.cdiv(rows, shape.rows), triton.cdiv(columns, shape.columns)
     token_tiles = triton.cdiv(length, shape.tokens)
@@ -234,7 +237,9 @@ def long_product(gradient: Tensor, x: Tensor, columns: int) -> Tensor:
                 length,
                 rows,
                 columns,
-                x.shape[-2],
+                *strides,
+                middle,
+                inner,
                 column_tiles,
                 rounds,
                 shape.rows,
