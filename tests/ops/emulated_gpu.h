@@ -205,8 +205,8 @@ void from_float(float x, bf16 &out) {
 LAUNCHER(forward, Scan)
 LAUNCHER(backward, Scan)
 #elif defined(TOKENS)
-LAUNCHER(permute, Reorder)
-LAUNCHER(merge, Reorder)
+LAUNCHER(permute, Reorders)
+LAUNCHER(merge, Reorder<TOKENS>)
 #elif defined(SUM)
 LAUNCHER(sum, Sums)
 #else

@@ -2,7 +2,8 @@
 //
 // Two orders, called sources: rows first and columns first. Of a whole map ("cross") the first is
 // the map's own and the second its transpose, brought over in tiles; inside windows both are looked
-// up in a table. Compiled with the macro TOKENS (float, bf16 or half).
+// up in a table. Compiled with the macro TOKENS (float, bf16 or half), and OTHERS where a second
+// array is of another type.
 
 #include "numbers.cuh"
 
@@ -10,15 +11,21 @@
 #define THREADS 256
 #define STRIPE (THREADS / SIDE)
 
+#ifndef OTHERS
+#define OTHERS TOKENS
+#endif
+
+template <typename T>
 struct Reorder {
-    const TOKENS *in;
-    TOKENS *out;
+    const T *in;
+    T *out;
     const int *table;  // (2, length): for each place in `out` the one in `in`; null: the whole map
     long long in_source_stride, in_batch_stride, in_walk_stride, in_part_stride;
     long long out_source_stride, out_batch_stride, out_walk_stride;
     int height, width;  // of out, where it is a map; a map's transpose has them swapped
     int rows, walks, batch, sources, first_source, tiles, parts;
-    int depth;  // rows of a block
+    int depth;   // rows of a block
+    int blocks;  // of the task
 };
 
 struct Spot {
@@ -26,9 +33,9 @@ struct Spot {
 };
 
 // Blocks of both sources come one after the other: what one has read the other finds in the cache.
-__device__ inline Spot take_spot(const Reorder &task) {
-    wait_for_kernel_before();
-    int rest = blockIdx.x, row_blocks = (task.rows + task.depth - 1) / task.depth;
+template <typename T>
+__device__ inline Spot spot_of(const Reorder<T> &task, int block) {
+    int rest = block, row_blocks = (task.rows + task.depth - 1) / task.depth;
     Spot spot;
     spot.tile = rest % task.tiles, rest /= task.tiles;
     spot.source = task.first_source + rest % task.sources, rest /= task.sources;
@@ -56,7 +63,8 @@ __device__ inline Way way_of(int top, int left, int height, int width) {
 }
 
 // The pixels of a row, summed over the parts of the input; `row` is where it begins in the first.
-__device__ inline void read_row(const Reorder &task, const TOKENS *row, const Way &way,
+template <typename T>
+__device__ inline void read_row(const Reorder<T> &task, const T *row, const Way &way,
                                 float (&pixel)[SHARE]) {
     EACH_SHARE pixel[k] = k < way.count ? to_float(row[hidden(way.at[k])]) : 0.0f;
 #pragma unroll 1
@@ -66,7 +74,8 @@ __device__ inline void read_row(const Reorder &task, const TOKENS *row, const Wa
     }
 }
 
-__device__ inline void write_row(TOKENS *row, const Way &way, const float (&pixel)[SHARE]) {
+template <typename T>
+__device__ inline void write_row(T *row, const Way &way, const float (&pixel)[SHARE]) {
     EACH_SHARE if (k < way.count) from_float(pixel[k], row[hidden(way.at[k])]);
 }
 
@@ -75,15 +84,18 @@ struct Corner {
 };
 
 // Of a tile of a whole map.
-__device__ inline Corner corner_of(const Reorder &task, const Spot &spot) {
+template <typename T>
+__device__ inline Corner corner_of(const Reorder<T> &task, const Spot &spot) {
     int across_tiles = (task.width + SIDE - 1) / SIDE;
     return {spot.tile / across_tiles * SIDE, spot.tile % across_tiles * SIDE};
 }
 
+typedef float Tile[SIDE][SIDE + 1];
+
 // Rows [0, rows) of `in` turned round: a tile at a time, the next row's on its way meanwhile.
-__device__ inline void turn_rows(const Reorder &task, const Spot &spot, const TOKENS *in,
-                                 TOKENS *out, int rows) {
-    __shared__ float tile[2][SIDE][SIDE + 1];
+template <typename T>
+__device__ inline void turn_rows(const Reorder<T> &task, const Spot &spot, const T *in, T *out,
+                                 int rows, Tile (&tile)[2]) {
     Corner corner = corner_of(task, spot);
     int length = task.height * task.width;
     int across = threadIdx.x % SIDE, stripe = threadIdx.x / SIDE;
@@ -101,8 +113,9 @@ __device__ inline void turn_rows(const Reorder &task, const Spot &spot, const TO
 }
 
 // Rows [0, rows) of `in` in the order of a table, or as they are.
-__device__ inline void look_up_rows(const Reorder &task, const Spot &spot, const TOKENS *in,
-                                    TOKENS *out, int rows) {
+template <typename T>
+__device__ inline void look_up_rows(const Reorder<T> &task, const Spot &spot, const T *in, T *out,
+                                    int rows) {
     int length = task.height * task.width;
     int first = spot.tile * SIDE * SIDE + threadIdx.x;
     Way from, to;
@@ -123,24 +136,41 @@ __device__ inline void look_up_rows(const Reorder &task, const Spot &spot, const
 
 // out[source, batch, walk, row] = in[source, batch, walk, row], permuted and summed over its parts.
 // A block takes the same tile of several rows.
-extern "C" __global__ void __launch_bounds__(THREADS, 8) permute(const Reorder task) {
-    Spot spot = take_spot(task);
+template <typename T>
+__device__ inline void permute_rows(const Reorder<T> &task, int block, Tile (&tile)[2]) {
+    Spot spot = spot_of(task, block);
     long long start = (long long)spot.row * task.height * task.width;
-    const TOKENS *in = task.in + spot.source * task.in_source_stride +
-                       spot.batch * task.in_batch_stride + spot.walk * task.in_walk_stride + start;
-    TOKENS *out = task.out + spot.source * task.out_source_stride +
-                  spot.batch * task.out_batch_stride + spot.walk * task.out_walk_stride + start;
+    const T *in = task.in + spot.source * task.in_source_stride +
+                  spot.batch * task.in_batch_stride + spot.walk * task.in_walk_stride + start;
+    T *out = task.out + spot.source * task.out_source_stride +
+             spot.batch * task.out_batch_stride + spot.walk * task.out_walk_stride + start;
     int rows = min(task.depth, task.rows - spot.row);
     if (task.table == nullptr && spot.source > 0)
-        turn_rows(task, spot, in, out, rows);
+        turn_rows(task, spot, in, out, rows, tile);
     else
         look_up_rows(task, spot, in, out, rows);
 }
 
+struct Reorders {
+    Reorder<TOKENS> one;
+    Reorder<OTHERS> other;  // without blocks if there is none
+};
+
+extern "C" __global__ void __launch_bounds__(THREADS, 8) permute(const Reorders tasks) {
+    __shared__ Tile tile[2];
+    wait_for_kernel_before();
+    int block = blockIdx.x;
+    if (block < tasks.one.blocks)
+        permute_rows(tasks.one, block, tile);
+    else
+        permute_rows(tasks.other, block - tasks.one.blocks, tile);
+}
+
 // out[batch, row, pixel] = the sum over both sources and both their walks of what they hold for it.
-extern "C" __global__ void __launch_bounds__(THREADS) merge(const Reorder task) {
-    __shared__ float tile[SIDE][SIDE + 1];
-    Spot spot = take_spot(task);
+extern "C" __global__ void __launch_bounds__(THREADS) merge(const Reorder<TOKENS> task) {
+    __shared__ Tile tile;
+    wait_for_kernel_before();
+    Spot spot = spot_of(task, blockIdx.x);
     int length = task.height * task.width;
     const TOKENS *in = task.in + spot.batch * task.in_batch_stride + (long long)spot.row * length;
     const TOKENS *back = in + task.in_walk_stride;

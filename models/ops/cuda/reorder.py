@@ -5,12 +5,16 @@ Source 0 is rows first, source 1 columns first, each over the whole map or insid
 
 import ctypes
 import math
+from collections.abc import Sequence
+from typing import NamedTuple
 
 from torch import Tensor
 
 from models.ops.cuda import library
 
 _SIDE = 32  # of a tile of pixels
+_THREADS = 256
+_DEEPEST = 8  # rows of a block
 _ENOUGH_BLOCKS = 2112  # sixteen for each multiprocessor of a large GPU
 
 
@@ -25,34 +29,50 @@ class _Arguments(ctypes.Structure):
         )),
         *((name, ctypes.c_int) for name in (
             "height", "width", "rows", "walks", "batch", "sources", "first_source",
-            "tiles", "parts", "depth",
+            "tiles", "parts", "depth", "blocks",
         )),
     ]  # fmt: skip
 
 
+class _Pair(ctypes.Structure):
+    """The struct Reorders of reorder.cu."""
+
+    _fields_ = [("one", _Arguments), ("other", _Arguments)]
+
+
+class Move(NamedTuple):
+    """A tensor to be permuted: its rows are maps, or sequences of steps."""
+
+    x: Tensor
+    out: Tensor
+
+
 def to_orders(
-    x: Tensor, out: Tensor, hw: tuple[int, int], table: Tensor | None, *, first_source: int = 0
+    moves: Sequence[Move], hw: tuple[int, int], table: Tensor | None, *, first_source: int = 0
 ) -> None:
-    """Fill out (sources from `first_source` on, batch, walks, C, L) from maps x of the same shape.
+    """Fill each out (sources from `first_source` on, batch, walks, C, L) from maps x of its shape.
 
-    The strides of x may be 0. table: the pixel of each step of both orders (2, L) in windows; None:
-    the whole map.
+    One move or two, in one launch. The strides of x may be 0. table: the pixel of each step of both
+    orders (2, L) in windows; None: the whole map.
     """
-    _permute(x[None], out, hw[::-1], table, first_source)
+    tasks = [_task(x[None], out, hw[::-1], table, first_source) for x, out in moves]
+    _permute(tasks, [out for _, out in moves])
 
 
-def from_orders(x: Tensor, out: Tensor, hw: tuple[int, int], table: Tensor | None) -> None:
+def from_orders(moves: Sequence[Move], hw: tuple[int, int], table: Tensor | None) -> None:
     """Fill maps out (2, batch, walks, C, L) with sums over the parts of x, in both orders.
 
-    x: (parts, 2, batch, walks, C, L). table: the step of each pixel of both orders, or None.
+    One move or two, in one launch. x: (parts, 2, batch, walks, C, L). table: the step of each pixel
+    of both orders, or None.
     """
-    _permute(x, out, hw, table, 0)
+    tasks = [_task(x, out, hw, table, 0) for x, out in moves]
+    _permute(tasks, [out for _, out in moves])
 
 
 def merge_orders(x: Tensor, out: Tensor, hw: tuple[int, int], table: Tensor | None) -> None:
     """Fill maps out (batch, C, L) with sums over x (2, batch, 2 walks, C, L), in both orders."""
     _, batch, _, rows, _ = x.shape
-    arguments = _Arguments(
+    task = _Arguments(
         in_=x.data_ptr(),
         out=out.data_ptr(),
         in_source_stride=x.stride(0),
@@ -60,16 +80,19 @@ def merge_orders(x: Tensor, out: Tensor, hw: tuple[int, int], table: Tensor | No
         in_walk_stride=x.stride(2),
         out_batch_stride=out.stride(0),
     )
-    _launch("merge", arguments, out, (1, batch, 1, rows), hw, table)
+    # a whole map's tiles are merged one by one
+    _cut(task, (1, batch, 1, rows), hw, table, deepest=1 if table is None else _DEEPEST)
+    if task.blocks:
+        library.launch("reorder.cu", _types(out), "merge", task.blocks, _THREADS, 0, task, out)
 
 
-def _permute(
+def _task(
     x: Tensor, out: Tensor, hw: tuple[int, int], table: Tensor | None, first_source: int
-) -> None:
+) -> _Arguments:
     part_stride, *in_strides = x.stride()
     out_strides = out.stride()
     # the kernel counts sources from 0, out and x begin with the first that is asked for
-    arguments = _Arguments(
+    task = _Arguments(
         in_=x.data_ptr() - first_source * in_strides[0] * x.element_size(),
         out=out.data_ptr() - first_source * out_strides[0] * out.element_size(),
         in_part_stride=part_stride,
@@ -82,26 +105,39 @@ def _permute(
         first_source=first_source,
         parts=x.shape[0],
     )
-    _launch("permute", arguments, out, out.shape[:4], hw, table)
+    _cut(task, out.shape[:4], hw, table, deepest=_DEEPEST)
+    return task
 
 
-def _launch(
-    name: str,
-    arguments: _Arguments,
-    out: Tensor,
+def _cut(
+    task: _Arguments,
     counts: tuple[int, int, int, int],
     hw: tuple[int, int],
     table: Tensor | None,
+    *,
+    deepest: int,
 ) -> None:
-    arguments.sources, arguments.batch, arguments.walks, arguments.rows = counts
-    arguments.height, arguments.width = hw
-    arguments.table = None if table is None else table.data_ptr()
-    arguments.tiles = math.prod(math.ceil(side / _SIDE) for side in hw)
-    tiles = arguments.tiles * math.prod(counts)
+    """Into blocks, each of a tile of `deepest` rows at most."""
+    task.sources, task.batch, task.walks, task.rows = counts
+    task.height, task.width = hw
+    task.table = None if table is None else table.data_ptr()
+    task.tiles = math.prod(math.ceil(side / _SIDE) for side in hw)
+    tiles = task.tiles * math.prod(counts)
     if tiles:
-        # a whole map's tiles are merged one by one
-        is_single = name == "merge" and table is None
-        arguments.depth = 1 if is_single else min(max(tiles // _ENOUGH_BLOCKS, 1), 8)
-        blocks = tiles // arguments.rows * math.ceil(arguments.rows / arguments.depth)
-        definitions = (f"TOKENS={library.TYPES[out.dtype]}",)
-        library.launch("reorder.cu", definitions, name, blocks, 256, 0, arguments, out)
+        task.depth = min(max(tiles // _ENOUGH_BLOCKS, 1), deepest)
+        task.blocks = tiles // task.rows * math.ceil(task.rows / task.depth)
+
+
+def _permute(tasks: Sequence[_Arguments], outs: Sequence[Tensor]) -> None:
+    blocks = sum(task.blocks for task in tasks)
+    if blocks:
+        library.launch(
+            "reorder.cu", _types(*outs), "permute", blocks, _THREADS, 0, _Pair(*tasks), outs[0]
+        )
+
+
+def _types(out: Tensor, other: Tensor | None = None) -> tuple[str, ...]:
+    types = (f"TOKENS={library.TYPES[out.dtype]}",)
+    if other is None or other.dtype == out.dtype:
+        return types
+    return *types, f"OTHERS={library.TYPES[other.dtype]}"

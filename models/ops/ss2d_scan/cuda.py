@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from models.ops.cuda.library import check_tensor
-from models.ops.cuda.reorder import from_orders, merge_orders, to_orders
+from models.ops.cuda.reorder import Move, from_orders, merge_orders, to_orders
 from models.ops.cuda.scan import Scan, count_borders, scan_backward, scan_forward
 from models.ops.cuda.sums import sum_first
 from models.ops.layout import contiguous
@@ -74,16 +74,16 @@ def _forward(
     pixels, steps = _tables(*hw, scan, window, x.device)
     orders = _empty_orders(x, scan)
     tokens = x.flatten(2)
-    _to_orders(tokens, orders, hw, pixels)
     slots, projections = _empty_projections(x, to_projected, scan)
     product = to_projected.flatten(0, 1).expand(batch, -1, -1), tokens.to(to_projected.dtype)
     if scan == "cross":  # the first order's projections stay where the product puts them
         on_map = slots[:, :4]
         torch.bmm(*product, out=on_map.flatten(1, 2))
-        to_orders(_by_order(on_map)[1:], projections[1:], hw, None, first_source=1)
     else:
         on_map = torch.bmm(*product).unflatten(1, (4, -1))
-        to_orders(_by_order(on_map), projections, hw, pixels)
+    first = 2 - len(orders)
+    move = Move(_by_order(on_map)[first:], projections[first:])
+    to_orders([_map_move(tokens, orders), move], hw, pixels, first_source=first)
     y = torch.empty_like(x)
     directions = _by_order(x.new_empty(batch, 4, channels, tokens.shape[2]))
     task = _as_scan(tokens, orders, projections, weight, bias, A_logs, D)
@@ -123,7 +123,7 @@ def _backward(
     tokens, grad_tokens = x.flatten(2), grad_y.flatten(2)
     pixels, steps = _tables(*hw, scan, window, x.device)
     grad_orders = torch.empty_like(orders)
-    _to_orders(grad_tokens, grad_orders, hw, pixels)
+    to_orders([_map_move(grad_tokens, grad_orders)], hw, pixels, first_source=2 - len(orders))
     grad_directions, grad_dt = (x.new_empty(batch, 4, channels, tokens.shape[2]) for _ in range(2))
     parts, rows = scan_backward(
         _as_scan(tokens, orders, projections, weight, bias, A_logs, D),
@@ -140,8 +140,8 @@ def _backward(
     of_weight = _products(grad_dt.unflatten(1, (2, 2)), low)
     on_map = weight.new_empty(batch, 4, to_projected.shape[1], tokens.shape[2])  # of projections
     grad_by_order = _by_order(on_map)
-    from_orders(_by_order(grad_low)[None], grad_by_order[:, :, :, :rank], hw, steps)
-    from_orders(parts.flatten(4, 5), grad_by_order[:, :, :, rank:], hw, steps)
+    move = Move(_by_order(grad_low)[None], grad_by_order[:, :, :, :rank])
+    from_orders([move, Move(parts.flatten(4, 5), grad_by_order[:, :, :, rank:])], hw, steps)
     on_map = on_map.flatten(1, 2).to(x.dtype)
     back = to_projected.flatten(0, 1).T.expand(batch, -1, -1)
     grad_x.flatten(2).baddbmm_(back.to(x.dtype), on_map)
@@ -212,9 +212,8 @@ def _empty_projections(x: Tensor, to_projected: Tensor, scan: str) -> tuple[Tens
     return slots, _by_order(slots)
 
 
-def _to_orders(tokens: Tensor, orders: Tensor, hw: list[int], pixels: Tensor | None) -> None:
-    walks = (x[:, :, None] for x in (tokens.expand_as(orders), orders))
-    to_orders(*walks, hw, pixels, first_source=2 - len(orders))
+def _map_move(tokens: Tensor, orders: Tensor) -> Move:
+    return Move(tokens.expand_as(orders)[:, :, None], orders[:, :, None])
 
 
 def _by_order(x: Tensor) -> Tensor:
