@@ -3,7 +3,6 @@
 #include "numbers.cuh"
 
 #define THREADS 256
-#define SHARE 4  // fours of a thread
 
 struct Clear {
     unsigned *words;  // 16 bytes aligned
@@ -16,12 +15,9 @@ struct alignas(16) FourWords {
 
 extern "C" __global__ void __launch_bounds__(THREADS) clear(const Clear task) {
     wait_for_kernel_before();
-    long long at = (long long)blockIdx.x * SHARE * THREADS + threadIdx.x;
-#pragma unroll
-    for (int k = 0; k < SHARE; k++, at += THREADS) {
-        if (4 * at + 4 <= task.count)
-            ((FourWords *)task.words)[at] = {NOT_YET, NOT_YET, NOT_YET, NOT_YET};
-        else
-            for (long long i = 4 * at; i < task.count; i++) task.words[i] = NOT_YET;
-    }
+    long long at = (long long)blockIdx.x * THREADS + threadIdx.x;
+    if (4 * at + 4 <= task.count)
+        ((FourWords *)task.words)[at] = {NOT_YET, NOT_YET, NOT_YET, NOT_YET};
+    else
+        for (long long i = 4 * at; i < task.count; i++) task.words[i] = NOT_YET;
 }

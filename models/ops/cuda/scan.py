@@ -212,7 +212,7 @@ class _Clear(ctypes.Structure):
     _fields_ = [("words", ctypes.c_void_p), ("count", ctypes.c_longlong)]
 
 
-_CLEARED = 4096  # words of a block of clear.cu
+_CLEARED = 1024  # words of a block of clear.cu
 
 
 def _not_yet(count: int, like: Tensor) -> Tensor:
@@ -288,7 +288,7 @@ def _shared_memory(
     else:
         tile_rows += 2 * min(scan.states, stage) * (1 + is_backward)
         lines = is_backward * layout.row_warps * layout.rows * 2 * 8 * 36  # LINES of a block
-    scalars = passes * layout.block_rows * (2 + rates)
+    scalars = (passes if layout.single else 2) * layout.block_rows * (2 + rates)
     return 4 * (layout.chunk * tile_rows + lines + scalars), copied
 
 

@@ -13,14 +13,16 @@
 
 #include "steps.cuh"
 
-// Scalars of all channels of a warp, in shared memory.
-__device__ inline float *scalars_of_warp(const Scan &scan, float *scalars) {
-    return scalars + (int)threadIdx.x / LANES * scan.passes * WARP_ROWS * ROW_SCALARS;
+// Scalars of a warp's channels, in shared memory: of a pass and of that to come.
+#define WARP_SCALARS (WARP_ROWS * ROW_SCALARS)  // of a pass
+
+__device__ inline float *warp_scalars(float *scalars, int pass) {
+    return scalars + ((int)threadIdx.x / LANES * 2 + pass % 2) * WARP_SCALARS;
 }
 
-// Those of a lane's first channel in a pass.
+// Those of a lane's first channel.
 __device__ inline float *scalars_of(float *scalars, int pass) {
-    return scalars + (pass * WARP_ROWS + (int)threadIdx.x % SEGMENTS * ROWS) * ROW_SCALARS;
+    return warp_scalars(scalars, pass) + (int)threadIdx.x % SEGMENTS * ROWS * ROW_SCALARS;
 }
 
 // Bring one there; 0 where it is not.
@@ -32,24 +34,19 @@ __device__ inline void fetch_scalar(float *to, const float *from, bool is_there)
 #endif
 }
 
-// Bring them there, with A of states [first, first + count): each lane one of these, for as many
-// passes at a time as there are lanes for.
+// Bring them there, with A of states [first, first + count): each lane one of these.
 __device__ inline void fetch_scalars(const Scan &scan, const Place &place, const Self &self,
-                                     int first, int count, float *scalars) {
-    const int lanes = WARP_ROWS * RATES;  // for a pass
-    int lane = threadIdx.x % LANES, row = lane % lanes / RATES, n = lane % RATES;
-    for (int pass = lane / lanes; pass < scan.passes; pass += LANES / lanes) {
-        int in_group = (place.block * scan.passes + pass) * BLOCK_ROWS +
-                       self.row_warp * WARP_ROWS + row;
-        bool is_there = in_group < scan.channels;
-        long long channel = (long long)place.group * scan.channels + in_group;
-        float *own = scalars + (pass * WARP_ROWS + row) * ROW_SCALARS;
-        fetch_scalar(own + 2 + n, scan.A + channel * scan.states + first + n,
-                     is_there && n < count);
-        for (int k = n; k < 2; k += RATES) {
-            const float *others = k == 0 ? scan.bias : scan.D;
-            fetch_scalar(own + k, others + channel, is_there && others != nullptr);
-        }
+                                     int pass, int first, int count, float *scalars) {
+    int lane = threadIdx.x % LANES, row = lane / RATES, n = lane % RATES;
+    if (row >= WARP_ROWS) return;
+    int in_group = (place.block * scan.passes + pass) * BLOCK_ROWS + self.row_warp * WARP_ROWS + row;
+    bool is_there = in_group < scan.channels;
+    long long channel = (long long)place.group * scan.channels + in_group;
+    float *own = warp_scalars(scalars, pass) + row * ROW_SCALARS;
+    fetch_scalar(own + 2 + n, scan.A + channel * scan.states + first + n, is_there && n < count);
+    for (int k = n; k < 2; k += RATES) {
+        const float *others = k == 0 ? scan.bias : scan.D;
+        fetch_scalar(own + k, others + channel, is_there && others != nullptr);
     }
 }
 
@@ -102,10 +99,10 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) forward(const Scan
     float4 *low = low_of(scan, shared, FORWARD_ROWS);
     Four<TOKENS> *slots = (Four<TOKENS> *)after_low(scan, low);
     float4 *later = (float4 *)(slots + PREFETCH * (1 + !LOW) * SLOTS);
-    float *all_scalars = scalars_of_warp(scan, (float *)(later + LATER));
+    float *all_scalars = (float *)(later + LATER);
     Rows rows = rows_of(scan, place, self, 0);
     fetch_inputs(scan, place, self, rows, slots, slots + SLOTS);
-    fetch_scalars(scan, place, self, 0, min(scan.states, STAGE), all_scalars);
+    fetch_scalars(scan, place, self, 0, 0, min(scan.states, STAGE), all_scalars);
     if (LOW && scan.rank <= 2 * STAGE) stage_low(scan, place, 0, low);
     stage_matrices(scan, place, 0, min(scan.states, STAGE), shared, FORWARD_ROWS);
     __syncthreads();
@@ -133,21 +130,23 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) forward(const Scan
             EACH_STEP y[r][i] = scalars[r * ROW_SCALARS + 1] * input[r][i];
         }
         begin_inputs(dt, input);
-        if (PREFETCH && pass + 1 < scan.passes)
+        if (pass + 1 < scan.passes) {
             fetch_inputs(scan, place, self, rows_of(scan, place, self, hidden(pass + 1)), slots,
                          slots + SLOTS);
+            fetch_scalars(scan, place, self, pass + 1, 0, scan.states, all_scalars);
+        }
         for (int first = 0; first < scan.states; first += STAGE) {
             int count = min(scan.states - first, STAGE);
             if (first > 0) {
                 __syncthreads();
-                fetch_scalars(scan, place, self, first, count, all_scalars);
+                fetch_scalars(scan, place, self, pass, first, count, all_scalars);
                 stage_matrices(scan, place, first, count, shared, FORWARD_ROWS);
                 if (PREFETCH) wait_for_copies();
                 __syncthreads();
                 entry = entry_of(scan, place, self, rows, first, count);
                 handed = look(entry, takes_over);
             }
-            begin_rates(scan, all_scalars + pass * WARP_ROWS * ROW_SCALARS);
+            begin_rates(scan, warp_scalars(all_scalars, pass));
             const float4 *tile = shared + self.lane;
             for (int k = 0; k < count; k++) {
                 Tokens decay;
@@ -292,12 +291,12 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) backward(const Sca
     // u twice: it is needed once more at the end of a pass
     Four<TOKENS> *u_slots = (Four<TOKENS> *)(lines + ROW_WARPS * LINES);
     Four<TOKENS> *grad_slots = u_slots + 2 * SLOTS, *delta_slots = grad_slots + SLOTS;
-    float *all_scalars = scalars_of_warp(scan, (float *)(u_slots + PREFETCH * (3 + !LOW) * SLOTS));
+    float *all_scalars = (float *)(u_slots + PREFETCH * (3 + !LOW) * SLOTS);
     lines += self.row_warp * LINES;
     Rows rows = rows_of(scan, place, self, 0);
     fetch_inputs(scan, place, self, rows, u_slots, delta_slots);
     fetch_gradients(scan, place, self, rows, grad_slots);
-    fetch_scalars(scan, place, self, 0, min(scan.states, STAGE), all_scalars);
+    fetch_scalars(scan, place, self, 0, 0, min(scan.states, STAGE), all_scalars);
     if (LOW && scan.rank <= 2 * STAGE) stage_low(scan, place, 0, low);
     begin_states(scan, place, 0, min(scan.states, STAGE), shared, turns);
 
@@ -325,21 +324,22 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) backward(const Sca
         float chunk_span[1] = {halve_lanes(span, self.lane)};  // of the line's row
         sum_halves(chunk_span);
         keep(chunk_span[0]);
-        if (PREFETCH && pass + 1 < scan.passes) {
+        if (pass + 1 < scan.passes) {  // and all states are staged
             Rows next = rows_of(scan, place, self, hidden(pass + 1));
             fetch_inputs(scan, place, self, next, u_slots + (pass + 1) % 2 * SLOTS,
                          delta_slots);
             fetch_gradients(scan, place, self, next, grad_slots);
+            fetch_scalars(scan, place, self, pass + 1, 0, scan.states, all_scalars);
         }
 
         for (int first = 0; first < scan.states; first += STAGE) {
             int count = min(scan.states - first, STAGE);
             if (first > 0) {
-                fetch_scalars(scan, place, self, first, count, all_scalars);
+                fetch_scalars(scan, place, self, pass, first, count, all_scalars);
                 if (PREFETCH) wait_for_copies();
                 begin_states(scan, place, first, count, shared, turns);
             }
-            begin_rates(scan, all_scalars + pass * WARP_ROWS * ROW_SCALARS);
+            begin_rates(scan, warp_scalars(all_scalars, pass));
             for (int from = 0; from < count; from += GROUP) {
                 int group = min(count - from, GROUP);
                 // what enters the chunk, for the line that this lane will join; asked for early

@@ -4,6 +4,7 @@
 #include "numbers.cuh"
 
 #define THREADS 256
+#define ASKED 8  // terms that a thread asks for at a time
 
 struct Sum {
     const float *in;
@@ -27,10 +28,16 @@ extern "C" __global__ void __launch_bounds__(THREADS) sum(const Sums task) {
     int outputs = THREADS / own.slices, slice = threadIdx.x / outputs;
     long long at = (long long)block * outputs + threadIdx.x % outputs;
     float total = 0.0f;
-    if (at < own.count)
-#pragma unroll 8
-        for (int term = slice; term < own.terms; term += own.slices)
-            total += own.in[term * own.count + at];
+    for (int first = slice; first < own.terms && at < own.count; first += ASKED * own.slices) {
+        float term[ASKED];  // all on their way before the first is added
+#pragma unroll
+        for (int k = 0; k < ASKED; k++) {
+            int row = first + k * own.slices;
+            term[k] = row < own.terms ? own.in[row * own.count + at] : 0.0f;
+        }
+#pragma unroll
+        for (int k = 0; k < ASKED; k++) total += term[k];
+    }
     for (int apart = THREADS / 2; apart >= outputs; apart /= 2) {
         partial[threadIdx.x] = total;
         __syncthreads();

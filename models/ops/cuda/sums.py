@@ -10,7 +10,7 @@ from models.ops.cuda import library
 
 _THREADS = 256
 _MOST = 3  # arrays of a launch
-_TERMS = 8  # that a thread adds up, if there are threads enough
+_TERMS = 8  # that a thread asks for at a time; from twice as many on, threads share them
 
 
 class _Sum(ctypes.Structure):
