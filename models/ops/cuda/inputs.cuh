@@ -59,13 +59,17 @@ __device__ inline void fetch_gradients(const Scan &scan, const Place &place, con
 #define LATER ((TOGETHER - 1) * ROWS * PIECES * THREADS)  // float4 of dt that is made ahead
 #define EACH_PASS _Pragma("unroll") for (int p = 0; p < TOGETHER; p++)
 
+// Weights of a channel in shared memory, for an odd number of words, which keeps banks apart.
+__device__ inline int weight_row(const Scan &scan) { return scan.rank | 1; }
+
 // dt of a warp's rows before bias and softplus: given, or made of the rows of dt_low in `tile`, for
 // as many passes together as TOGETHER says. Shared memory delivers 128 bytes a clock: for each pass
 // alone 32 rows of dt_low would take it as long as B and C of 16 states. dt of later passes waits
-// in `later`.
+// in `later`. If NEAR, the weights of all passes of the warp are in shared memory, else in global.
 __device__ inline void begin_steps(const Scan &scan, const Place &place, const Self &self,
                                    const Rows &rows, const Four<TOKENS> *slots, float4 *tile,
-                                   float4 *later, int pass, float (&dt)[ROWS][STEPS]) {
+                                   const float *weights, float4 *later, int pass,
+                                   float (&dt)[ROWS][STEPS]) {
     if (!LOW) {
         EACH_ROW take_tokens(scan.delta + place.own + tokens_of(scan, rows, r), slots, r,
                              rows.left[r], place.reversed, dt[r]);
@@ -89,6 +93,10 @@ __device__ inline void begin_steps(const Scan &scan, const Place &place, const S
         EACH_PASS EACH_ROW {
             int row = min(rows.first + p * BLOCK_ROWS + r, scan.channels - 1);
             weight[p][r] = (place.group * scan.channels + row) * scan.rank + first;
+            if (NEAR) {
+                row = (pass + p) * WARP_ROWS + (int)threadIdx.x % SEGMENTS * ROWS + r;
+                weight[p][r] = row * weight_row(scan) + first;
+            }
         }
         const float4 *own = tile + self.token_warp * WARP_ROW + self.lane;
 #pragma unroll (TOGETHER > 2 ? 1 : 2)
@@ -96,7 +104,7 @@ __device__ inline void begin_steps(const Scan &scan, const Place &place, const S
             float value[STEPS];
             read_tile(own, value);
             EACH_PASS EACH_ROW {
-                float w = scan.weight[weight[p][r]++];
+                float w = (NEAR ? weights : scan.weight)[weight[p][r]++];
                 EACH_STEP made[p][r][i] = fmaf(w, value[i], made[p][r][i]);
             }
             own += TILE_ROW;

@@ -21,10 +21,11 @@
 // delta, y; of B, C, dt_low), SEGMENT, STEPS, ROWS, TOKEN_WARPS and ROW_WARPS (of a block), BLOCKS
 // (on a multiprocessor at least, which divide its registers), STAGE (states of B and C, or half the
 // rows of dt_low, in shared memory at a time), REVERSIBLE (1: there are two walks), LOW (1: dt is
-// made of dt_low; 0: it is given), TOGETHER (passes for which that is done at once), ALIGNED (1: the
-// length is a multiple of four and so is each row's address) and PREFETCH (1: aligned, and the GPU
-// copies to shared memory by itself). Each source defines RATES, the states whose rates are in
-// shared memory at a time.
+// made of dt_low; 0: it is given), TOGETHER (passes for which that is done at once), NEAR (1: with
+// weights from shared memory), SCALARS_AHEAD (1: those of all passes are brought at the beginning),
+// ALIGNED (1: the length is a multiple of four and so is each row's address) and PREFETCH (1:
+// aligned, and the GPU copies to shared memory by itself). Each source defines RATES, the states
+// whose rates are in shared memory at a time.
 #pragma once
 
 #include "device.cuh"

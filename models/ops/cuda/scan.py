@@ -273,23 +273,50 @@ def _arguments(name: str, scan: Scan, own: Tensor, borders: Tensor) -> _Argument
     )
 
 
-def _shared_memory(
-    name: str, scan: Scan, layout: _Layout, stage: int, passes: int
-) -> tuple[int, int]:
-    """Bytes that a block keeps in shared memory; bytes more for what is copied there ahead."""
+class _Room(NamedTuple):
+    """What is in a block's shared memory; the names are scan.cuh's."""
+
+    together: int
+    near: int
+    scalars_ahead: int
+    prefetch: int
+
+
+def _share_out(
+    name: str, scan: Scan, layout: _Layout, stage: int, passes: int, *, can_copy: bool
+) -> tuple[_Room, int]:
+    """What has room in shared memory, what is most needed first; and the bytes of all that."""
     is_backward = name == "backward"
+    is_forward_of_many = not layout.single and not is_backward
     arrays = 1 + 2 * is_backward + (scan.delta is not None)
     copied = arrays * layout.rows * layout.steps * layout.threads * scan.u[0].itemsize
     tile_rows = min(scan.rank, 2 * stage)  # of a chunk each
     lines = 0
-    rates = 1 if layout.single else stage
     if layout.single:
         tile_rows += 2 * (is_backward and layout.row_warps > 1)
     else:
         tile_rows += 2 * min(scan.states, stage) * (1 + is_backward)
         lines = is_backward * layout.row_warps * layout.rows * 2 * 8 * 36  # LINES of a block
-    scalars = (passes if layout.single else 2) * layout.block_rows * (2 + rates)
-    return 4 * (layout.chunk * tile_rows + lines + scalars), copied
+    scalars = 4 * layout.block_rows * (3 if layout.single else 2 + stage)  # of a pass
+    waiting = 4 * layout.chunk * layout.block_rows  # dt of a pass
+    weights = 4 * passes * layout.block_rows * (scan.rank | 1)
+    available = library.shared_bytes(scan.A.device)
+
+    def has_room(size: int, blocks: int = layout.blocks) -> bool:
+        return blocks * size <= available
+
+    size = 4 * (layout.chunk * tile_rows + lines)
+    prefetch = can_copy and has_room(size + copied + min(passes, 2) * scalars, blocks=1)
+    size += prefetch * copied
+    scalars_ahead = layout.single or passes <= 2 or has_room(size + passes * scalars)
+    size += (passes if scalars_ahead else 2) * scalars
+    together = _together(name, scan, passes)
+    while together > 1 and not has_room(size + (together - 1) * waiting):
+        together //= 2
+    size += (together - 1) * waiting
+    near = is_forward_of_many and scan.low is not None and has_room(size + weights)
+    size += near * weights
+    return _Room(together, int(near), int(scalars_ahead), int(prefetch)), size
 
 
 def _together(name: str, scan: Scan, passes: int) -> int:
@@ -307,33 +334,26 @@ def _launch(name: str, scan: Scan, arguments: _Arguments, others: tuple[Tensor, 
         x.data_ptr() % (4 * x.element_size()) == 0 for x in tensors if x is not None
     )
     layout, stage = _layout(name, scan), _plan(scan).stage
-    available = library.shared_bytes(scan.A.device)
-    kept, copied = _shared_memory(name, scan, layout, stage, arguments.passes)
-    waiting = 4 * layout.chunk * layout.block_rows  # bytes of dt of a pass
-    together = _together(name, scan, arguments.passes)
-    while layout.blocks * (kept + copied + (together - 1) * waiting) > available and together > 1:
-        together //= 2
-    kept += (together - 1) * waiting
-    has_copies = is_aligned and library.copies_to_shared(scan.A.device)
-    has_copies &= kept + copied <= available
+    can_copy = is_aligned and library.copies_to_shared(scan.A.device)
+    room, size = _share_out(name, scan, layout, stage, arguments.passes, can_copy=can_copy)
+    chosen = {**layout._asdict(), **room._asdict()}
+    is_single = chosen.pop("single")
     definitions = {
         "TOKENS": library.TYPES[scan.u[0].dtype],
         "MATRIX": library.TYPES[scan.B.dtype],
-        **{name.upper(): value for name, value in layout._asdict().items() if name != "single"},
+        **{name.upper(): value for name, value in chosen.items()},
         "STAGE": stage,
         "REVERSIBLE": int(arguments.groups > arguments.sources),
         "LOW": int(scan.low is not None),
-        "TOGETHER": together,
         "ALIGNED": int(is_aligned),
-        "PREFETCH": int(has_copies),
     }
     library.launch(
-        "scan_single.cu" if layout.single else "scan_many.cu",
+        "scan_single.cu" if is_single else "scan_many.cu",
         tuple(f"{macro}={value}" for macro, value in definitions.items()),
         name,
         arguments.blocks * arguments.groups * arguments.batch * arguments.chunks,
         layout.threads,
-        kept + has_copies * copied,
+        size,
         arguments,
         scan.A,
     )

@@ -13,16 +13,18 @@
 
 #include "steps.cuh"
 
-// Scalars of a warp's channels, in shared memory: of a pass and of that to come.
+// Scalars of a warp's channels, in shared memory: of all passes, or of one and that to come.
 #define WARP_SCALARS (WARP_ROWS * ROW_SCALARS)  // of a pass
 
-__device__ inline float *warp_scalars(float *scalars, int pass) {
-    return scalars + ((int)threadIdx.x / LANES * 2 + pass % 2) * WARP_SCALARS;
+__device__ inline float *warp_scalars(const Scan &scan, float *scalars, int pass) {
+    int warp = (int)threadIdx.x / LANES;
+    int at = SCALARS_AHEAD ? warp * scan.passes + pass : warp * 2 + pass % 2;
+    return scalars + at * WARP_SCALARS;
 }
 
 // Those of a lane's first channel.
-__device__ inline float *scalars_of(float *scalars, int pass) {
-    return warp_scalars(scalars, pass) + (int)threadIdx.x % SEGMENTS * ROWS * ROW_SCALARS;
+__device__ inline float *scalars_of(const Scan &scan, float *scalars, int pass) {
+    return warp_scalars(scan, scalars, pass) + (int)threadIdx.x % SEGMENTS * ROWS * ROW_SCALARS;
 }
 
 // Bring one there; 0 where it is not.
@@ -34,19 +36,38 @@ __device__ inline void fetch_scalar(float *to, const float *from, bool is_there)
 #endif
 }
 
-// Bring them there, with A of states [first, first + count): each lane one of these.
+// Bring those of `passes` passes from `pass` on, with A of states [first, first + count): each lane
+// one of these, for as many passes at a time as there are lanes for.
 __device__ inline void fetch_scalars(const Scan &scan, const Place &place, const Self &self,
-                                     int pass, int first, int count, float *scalars) {
-    int lane = threadIdx.x % LANES, row = lane / RATES, n = lane % RATES;
-    if (row >= WARP_ROWS) return;
-    int in_group = (place.block * scan.passes + pass) * BLOCK_ROWS + self.row_warp * WARP_ROWS + row;
-    bool is_there = in_group < scan.channels;
-    long long channel = (long long)place.group * scan.channels + in_group;
-    float *own = warp_scalars(scalars, pass) + row * ROW_SCALARS;
-    fetch_scalar(own + 2 + n, scan.A + channel * scan.states + first + n, is_there && n < count);
-    for (int k = n; k < 2; k += RATES) {
-        const float *others = k == 0 ? scan.bias : scan.D;
-        fetch_scalar(own + k, others + channel, is_there && others != nullptr);
+                                     int pass, int passes, int first, int count, float *scalars) {
+    const int lanes = WARP_ROWS * RATES;  // for a pass
+    int lane = threadIdx.x % LANES, row = lane % lanes / RATES, n = lane % RATES;
+    int end = pass + passes;
+    for (pass += lane / lanes; pass < end; pass += LANES / lanes) {
+        int in_group = (place.block * scan.passes + pass) * BLOCK_ROWS +
+                       self.row_warp * WARP_ROWS + row;
+        bool is_there = in_group < scan.channels;
+        long long channel = (long long)place.group * scan.channels + in_group;
+        float *own = warp_scalars(scan, scalars, pass) + row * ROW_SCALARS;
+        fetch_scalar(own + 2 + n, scan.A + channel * scan.states + first + n,
+                     is_there && n < count);
+        for (int k = n; k < 2; k += RATES) {
+            const float *others = k == 0 ? scan.bias : scan.D;
+            fetch_scalar(own + k, others + channel, is_there && others != nullptr);
+        }
+    }
+}
+
+// Bring weights of dt there, for all passes.
+__device__ inline void fetch_weights(const Scan &scan, const Place &place, const Self &self,
+                                     float *weights) {
+    for (int row = 0; row < scan.passes * WARP_ROWS; row++) {
+        int in_group = (place.block * scan.passes + row / WARP_ROWS) * BLOCK_ROWS +
+                       self.row_warp * WARP_ROWS + row % WARP_ROWS;
+        const float *from = scan.weight +
+                            ((long long)place.group * scan.channels + in_group) * scan.rank;
+        for (int k = threadIdx.x % LANES; k < scan.rank; k += LANES)
+            fetch_scalar(weights + row * weight_row(scan) + k, from + k, in_group < scan.channels);
     }
 }
 
@@ -100,9 +121,13 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) forward(const Scan
     Four<TOKENS> *slots = (Four<TOKENS> *)after_low(scan, low);
     float4 *later = (float4 *)(slots + PREFETCH * (1 + !LOW) * SLOTS);
     float *all_scalars = (float *)(later + LATER);
+    float *weights = all_scalars + scan.passes * BLOCK_ROWS * ROW_SCALARS;
+    weights += self.row_warp * scan.passes * WARP_ROWS * weight_row(scan);
     Rows rows = rows_of(scan, place, self, 0);
     fetch_inputs(scan, place, self, rows, slots, slots + SLOTS);
-    fetch_scalars(scan, place, self, 0, 0, min(scan.states, STAGE), all_scalars);
+    fetch_scalars(scan, place, self, 0, SCALARS_AHEAD ? scan.passes : 1, 0,
+                  min(scan.states, STAGE), all_scalars);
+    if (NEAR) fetch_weights(scan, place, self, weights);
     if (LOW && scan.rank <= 2 * STAGE) stage_low(scan, place, 0, low);
     stage_matrices(scan, place, 0, min(scan.states, STAGE), shared, FORWARD_ROWS);
     __syncthreads();
@@ -111,7 +136,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) forward(const Scan
         Tokens dt, input, y;
         float span[ROWS], span_up[ROWS];
         rows = rows_of(scan, place, self, hidden(pass));
-        float *scalars = scalars_of(all_scalars, pass);
+        float *scalars = scalars_of(scan, all_scalars, pass);
         bool takes_over = place.chunk > 0 && rows.is_there[0];
         bool hands_on = place.chunk + 1 < scan.chunks && rows.is_there[0] &&
                         self.lane == SEGMENT - 1;
@@ -120,7 +145,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) forward(const Scan
         unsigned handed = look(entry, takes_over);
         if (PREFETCH) wait_for_copies();
         __syncwarp();  // lanes fetched scalars for one another
-        begin_steps(scan, place, self, rows, slots + SLOTS, low, later, pass, dt);
+        begin_steps(scan, place, self, rows, slots + SLOTS, low, weights, later, pass, dt);
         finish_steps(scan, rows, scalars, dt);
         spans_of(dt, span);
         sum_up(span, self.lane, span_up);
@@ -130,23 +155,21 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) forward(const Scan
             EACH_STEP y[r][i] = scalars[r * ROW_SCALARS + 1] * input[r][i];
         }
         begin_inputs(dt, input);
-        if (pass + 1 < scan.passes) {
+        if (PREFETCH && pass + 1 < scan.passes)
             fetch_inputs(scan, place, self, rows_of(scan, place, self, hidden(pass + 1)), slots,
                          slots + SLOTS);
-            fetch_scalars(scan, place, self, pass + 1, 0, scan.states, all_scalars);
-        }
         for (int first = 0; first < scan.states; first += STAGE) {
             int count = min(scan.states - first, STAGE);
             if (first > 0) {
                 __syncthreads();
-                fetch_scalars(scan, place, self, pass, first, count, all_scalars);
+                fetch_scalars(scan, place, self, pass, 1, first, count, all_scalars);
                 stage_matrices(scan, place, first, count, shared, FORWARD_ROWS);
                 if (PREFETCH) wait_for_copies();
                 __syncthreads();
                 entry = entry_of(scan, place, self, rows, first, count);
                 handed = look(entry, takes_over);
             }
-            begin_rates(scan, warp_scalars(all_scalars, pass));
+            begin_rates(scan, warp_scalars(scan, all_scalars, pass));
             const float4 *tile = shared + self.lane;
             for (int k = 0; k < count; k++) {
                 Tokens decay;
@@ -296,7 +319,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) backward(const Sca
     Rows rows = rows_of(scan, place, self, 0);
     fetch_inputs(scan, place, self, rows, u_slots, delta_slots);
     fetch_gradients(scan, place, self, rows, grad_slots);
-    fetch_scalars(scan, place, self, 0, 0, min(scan.states, STAGE), all_scalars);
+    fetch_scalars(scan, place, self, 0, SCALARS_AHEAD ? scan.passes : 1, 0,
+                  min(scan.states, STAGE), all_scalars);
     if (LOW && scan.rank <= 2 * STAGE) stage_low(scan, place, 0, low);
     begin_states(scan, place, 0, min(scan.states, STAGE), shared, turns);
 
@@ -308,7 +332,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) backward(const Sca
         rows = rows_of(scan, place, self, hidden(pass));
         if (PREFETCH) wait_for_copies();
         __syncwarp();  // lanes fetched scalars for one another
-        float *scalars = scalars_of(all_scalars, pass);
+        float *scalars = scalars_of(scan, all_scalars, pass);
         EACH_ROW {
             long long at = tokens_of(scan, rows, r);
             take_tokens(scan.u + place.shared + at, slots, r, rows.left[r], place.reversed,
@@ -316,7 +340,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) backward(const Sca
             take_tokens(scan.grad_y + place.grad + at, grad_slots, r, rows.left[r],
                         place.reversed, dy[r]);
         }
-        begin_steps(scan, place, self, rows, delta_slots, low, nullptr, pass, dt);
+        begin_steps(scan, place, self, rows, delta_slots, low, nullptr, nullptr, pass, dt);
         finish_steps(scan, rows, scalars, dt);
         spans_of(dt, span);
         begin_inputs(dt, input);
@@ -324,22 +348,23 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) backward(const Sca
         float chunk_span[1] = {halve_lanes(span, self.lane)};  // of the line's row
         sum_halves(chunk_span);
         keep(chunk_span[0]);
-        if (pass + 1 < scan.passes) {  // and all states are staged
+        if ((PREFETCH || !SCALARS_AHEAD) && pass + 1 < scan.passes) {
             Rows next = rows_of(scan, place, self, hidden(pass + 1));
             fetch_inputs(scan, place, self, next, u_slots + (pass + 1) % 2 * SLOTS,
                          delta_slots);
             fetch_gradients(scan, place, self, next, grad_slots);
-            fetch_scalars(scan, place, self, pass + 1, 0, scan.states, all_scalars);
+            if (!SCALARS_AHEAD)
+                fetch_scalars(scan, place, self, pass + 1, 1, 0, scan.states, all_scalars);
         }
 
         for (int first = 0; first < scan.states; first += STAGE) {
             int count = min(scan.states - first, STAGE);
             if (first > 0) {
-                fetch_scalars(scan, place, self, pass, first, count, all_scalars);
+                fetch_scalars(scan, place, self, pass, 1, first, count, all_scalars);
                 if (PREFETCH) wait_for_copies();
                 begin_states(scan, place, first, count, shared, turns);
             }
-            begin_rates(scan, warp_scalars(all_scalars, pass));
+            begin_rates(scan, warp_scalars(scan, all_scalars, pass));
             for (int from = 0; from < count; from += GROUP) {
                 int group = min(count - from, GROUP);
                 // what enters the chunk, for the line that this lane will join; asked for early
@@ -348,7 +373,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) backward(const Sca
                 float *line = line_of(lines, second, member, is_back);
                 Rows at = rows_of(scan, place, self, hidden(pass));
                 bool is_there = second ? at.is_there[ROWS - 1] : at.is_there[0];
-                const float *rates = scalars_of(all_scalars, pass) + 2 + from;
+                const float *rates = scalars_of(scan, all_scalars, pass) + 2 + from;
                 bool has_line = member < group && is_there;
                 bool takes_over = is_back ? place.chunk + 1 < scan.chunks : place.chunk > 0;
                 const float *entry = (is_back ? scan.grad_borders
@@ -436,7 +461,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) backward(const Sca
         }
         rows = rows_of(scan, place, self, hidden(pass));
         RowSums row_sums = row_sums_of(scan, place, self, rows);
-        finish_rows(scan, place, self, rows, scalars_of(all_scalars, pass), slots, dt, dy,
+        finish_rows(scan, place, self, rows, scalars_of(scan, all_scalars, pass), slots, dt, dy,
                     token_sums, row_sums);
     }
 }

@@ -105,7 +105,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) forward(const Scan
         if (PREFETCH) wait_for_copies();
         take_tokens(scan.u + place.shared + rows.tokens, slots, 0, rows.left[0], place.reversed,
                     input[0]);
-        begin_steps(scan, place, self, rows, slots + SLOTS, shared, later, pass, dt);
+        begin_steps(scan, place, self, rows, slots + SLOTS, shared, nullptr, later, pass, dt);
         if (PREFETCH && pass + 1 < scan.passes)
             fetch_inputs(scan, place, self, rows_after(scan, self, rows), slots, slots + SLOTS);
         finish_steps(scan, rows, scalars, dt);
@@ -208,7 +208,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) backward(const Sca
                     input[0]);
         take_tokens(scan.grad_y + place.grad + rows.tokens, grad_slots, 0, rows.left[0],
                     place.reversed, dy[0]);
-        begin_steps(scan, place, self, rows, delta_slots, shared, later, pass, dt);
+        begin_steps(scan, place, self, rows, delta_slots, shared, nullptr, later, pass, dt);
         finish_steps(scan, rows, scalars, dt);
         float rate[ROWS] = {scalars[2]};
         spans_of(dt, span);
