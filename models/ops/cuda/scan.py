@@ -314,7 +314,8 @@ def _share_out(
     while together > 1 and not has_room(size + (together - 1) * waiting):
         together //= 2
     size += (together - 1) * waiting
-    near = is_forward_of_many and scan.low is not None and has_room(size + weights)
+    # of few weights a lane's own reads are as fast
+    near = is_forward_of_many and scan.rank > _SMALL_RANK and has_room(size + weights)
     size += near * weights
     return _Room(together, int(near), int(scalars_ahead), int(prefetch)), size
 

@@ -13,18 +13,22 @@
 
 #include "steps.cuh"
 
-// Scalars of a warp's channels, in shared memory: of all passes, or of one and that to come.
-#define WARP_SCALARS (WARP_ROWS * ROW_SCALARS)  // of a pass
+// Passes whose scalars are in shared memory at a time: all, or one and that to come.
+__device__ inline int scalar_passes(const Scan &scan) { return SCALARS_AHEAD ? scan.passes : 2; }
 
-__device__ inline float *warp_scalars(const Scan &scan, float *scalars, int pass) {
+// Scalars of all channels of a warp, in shared memory.
+__device__ inline float *scalars_of_warp(const Scan &scan, float *scalars) {
     int warp = (int)threadIdx.x / LANES;
-    int at = SCALARS_AHEAD ? warp * scan.passes + pass : warp * 2 + pass % 2;
-    return scalars + at * WARP_SCALARS;
+    return scalars + warp * scalar_passes(scan) * WARP_ROWS * ROW_SCALARS;
 }
 
-// Those of a lane's first channel.
-__device__ inline float *scalars_of(const Scan &scan, float *scalars, int pass) {
-    return warp_scalars(scan, scalars, pass) + (int)threadIdx.x % SEGMENTS * ROWS * ROW_SCALARS;
+// Those of a pass, and of a lane's first channel in it.
+__device__ inline float *scalars_of_pass(float *scalars, int pass) {
+    return scalars + (SCALARS_AHEAD ? pass : pass % 2) * WARP_ROWS * ROW_SCALARS;
+}
+
+__device__ inline float *scalars_of(float *scalars, int pass) {
+    return scalars_of_pass(scalars, pass) + (int)threadIdx.x % SEGMENTS * ROWS * ROW_SCALARS;
 }
 
 // Bring one there; 0 where it is not.
@@ -48,7 +52,7 @@ __device__ inline void fetch_scalars(const Scan &scan, const Place &place, const
                        self.row_warp * WARP_ROWS + row;
         bool is_there = in_group < scan.channels;
         long long channel = (long long)place.group * scan.channels + in_group;
-        float *own = warp_scalars(scan, scalars, pass) + row * ROW_SCALARS;
+        float *own = scalars_of_pass(scalars, pass) + row * ROW_SCALARS;
         fetch_scalar(own + 2 + n, scan.A + channel * scan.states + first + n,
                      is_there && n < count);
         for (int k = n; k < 2; k += RATES) {
@@ -120,8 +124,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) forward(const Scan
     float4 *low = low_of(scan, shared, FORWARD_ROWS);
     Four<TOKENS> *slots = (Four<TOKENS> *)after_low(scan, low);
     float4 *later = (float4 *)(slots + PREFETCH * (1 + !LOW) * SLOTS);
-    float *all_scalars = (float *)(later + LATER);
-    float *weights = all_scalars + scan.passes * BLOCK_ROWS * ROW_SCALARS;
+    float *scalars_of_block = (float *)(later + LATER);
+    float *all_scalars = scalars_of_warp(scan, scalars_of_block);
+    float *weights = scalars_of_block + scalar_passes(scan) * BLOCK_ROWS * ROW_SCALARS;
     weights += self.row_warp * scan.passes * WARP_ROWS * weight_row(scan);
     Rows rows = rows_of(scan, place, self, 0);
     fetch_inputs(scan, place, self, rows, slots, slots + SLOTS);
@@ -136,7 +141,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) forward(const Scan
         Tokens dt, input, y;
         float span[ROWS], span_up[ROWS];
         rows = rows_of(scan, place, self, hidden(pass));
-        float *scalars = scalars_of(scan, all_scalars, pass);
+        float *scalars = scalars_of(all_scalars, pass);
         bool takes_over = place.chunk > 0 && rows.is_there[0];
         bool hands_on = place.chunk + 1 < scan.chunks && rows.is_there[0] &&
                         self.lane == SEGMENT - 1;
@@ -169,7 +174,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) forward(const Scan
                 entry = entry_of(scan, place, self, rows, first, count);
                 handed = look(entry, takes_over);
             }
-            begin_rates(scan, warp_scalars(scan, all_scalars, pass));
+            begin_rates(scan, scalars_of_pass(all_scalars, pass));
             const float4 *tile = shared + self.lane;
             for (int k = 0; k < count; k++) {
                 Tokens decay;
@@ -314,7 +319,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) backward(const Sca
     // u twice: it is needed once more at the end of a pass
     Four<TOKENS> *u_slots = (Four<TOKENS> *)(lines + ROW_WARPS * LINES);
     Four<TOKENS> *grad_slots = u_slots + 2 * SLOTS, *delta_slots = grad_slots + SLOTS;
-    float *all_scalars = (float *)(u_slots + PREFETCH * (3 + !LOW) * SLOTS);
+    float *all_scalars = scalars_of_warp(scan, (float *)(u_slots + PREFETCH * (3 + !LOW) * SLOTS));
     lines += self.row_warp * LINES;
     Rows rows = rows_of(scan, place, self, 0);
     fetch_inputs(scan, place, self, rows, u_slots, delta_slots);
@@ -332,7 +337,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) backward(const Sca
         rows = rows_of(scan, place, self, hidden(pass));
         if (PREFETCH) wait_for_copies();
         __syncwarp();  // lanes fetched scalars for one another
-        float *scalars = scalars_of(scan, all_scalars, pass);
+        float *scalars = scalars_of(all_scalars, pass);
         EACH_ROW {
             long long at = tokens_of(scan, rows, r);
             take_tokens(scan.u + place.shared + at, slots, r, rows.left[r], place.reversed,
@@ -364,7 +369,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) backward(const Sca
                 if (PREFETCH) wait_for_copies();
                 begin_states(scan, place, first, count, shared, turns);
             }
-            begin_rates(scan, warp_scalars(scan, all_scalars, pass));
+            begin_rates(scan, scalars_of_pass(all_scalars, pass));
             for (int from = 0; from < count; from += GROUP) {
                 int group = min(count - from, GROUP);
                 // what enters the chunk, for the line that this lane will join; asked for early
@@ -373,7 +378,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) backward(const Sca
                 float *line = line_of(lines, second, member, is_back);
                 Rows at = rows_of(scan, place, self, hidden(pass));
                 bool is_there = second ? at.is_there[ROWS - 1] : at.is_there[0];
-                const float *rates = scalars_of(scan, all_scalars, pass) + 2 + from;
+                const float *rates = scalars_of(all_scalars, pass) + 2 + from;
                 bool has_line = member < group && is_there;
                 bool takes_over = is_back ? place.chunk + 1 < scan.chunks : place.chunk > 0;
                 const float *entry = (is_back ? scan.grad_borders
@@ -461,7 +466,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) backward(const Sca
         }
         rows = rows_of(scan, place, self, hidden(pass));
         RowSums row_sums = row_sums_of(scan, place, self, rows);
-        finish_rows(scan, place, self, rows, scalars_of(scan, all_scalars, pass), slots, dt, dy,
+        finish_rows(scan, place, self, rows, scalars_of(all_scalars, pass), slots, dt, dy,
                     token_sums, row_sums);
     }
 }
