@@ -191,6 +191,10 @@ class TestEmulated:
         sizes = [arguments[5] for arguments in asked]
         assert len(sizes) == 15
         assert max(sizes) <= available
+        for _, definitions, *_, size, _, _ in asked:
+            chosen = dict(definition.split("=") for definition in definitions)
+            if chosen.get("TOGETHER", "1") > "1" or chosen.get("NEAR") == "1":
+                assert int(chosen["BLOCKS"]) * size <= available  # nor does it cost a block
 
     @pytest.mark.parametrize("states", [1, 2])
     def test_blocks_take_further_rows(self, states, monkeypatch):
@@ -202,6 +206,17 @@ class TestEmulated:
     def test_dt_of_several_passes_is_made_at_once(self, states, rank, monkeypatch):
         monkeypatch.setattr(scan, "_ENOUGH_BLOCKS", {"forward": 1, "backward": 1})
         assert_maps(of_maps.make_inputs(1, 70, states, rank, (9, 20)), 1e-5, "cross")
+
+    def test_where_scalars_of_all_passes_have_no_room(self, monkeypatch):
+        """As in the backward of the segmentation head, which needs the room for its copies."""
+        monkeypatch.setattr(scan, "_ENOUGH_BLOCKS", {"forward": 1, "backward": 1})
+        launch, seen = library.launch, set()
+        monkeypatch.setattr(
+            library, "launch", lambda *arguments: (seen.update(arguments[1]), launch(*arguments))
+        )
+        assert_maps(of_maps.make_inputs(1, 75, 16, 32, (4, 15)), 1e-5, "cross")
+        assert {"SCALARS_AHEAD=0", "SCALARS_AHEAD=1", "NEAR=0", "NEAR=1", "PREFETCH=1"} <= seen
+        assert "PREFETCH=0" not in seen
 
     @pytest.mark.parametrize("terms", [1, 2, 9, 70, 300])
     def test_sums(self, terms):
