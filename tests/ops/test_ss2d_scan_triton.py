@@ -127,6 +127,18 @@ def test_interpreted_empty_batch():
 
 
 @interpreted
+@pytest.mark.parametrize("sequences", [(), (2,), (2, 3), (2, 3, 2)], ids=str)
+def test_interpreted_long_product(sequences):
+    """Sequences of x may lie anywhere."""
+    from models.ops.ss2d_scan.triton import long_product
+
+    gradient = torch.randn(*sequences, 3, 40)
+    x = torch.randn(*(2 * n for n in sequences), 5, 40)[(slice(None, None, 2),) * len(sequences)]
+    product = long_product(gradient, x, 2).sum(0)
+    assert torch.allclose(product, gradient @ x[..., :2, :].mT, atol=1e-4)
+
+
+@interpreted
 def test_interpreted_operators_are_well_registered():
     from models.ops.ss2d_scan import triton as module
 

@@ -10,7 +10,7 @@ from models.ops.cuda import library
 
 _THREADS = 256
 _MOST = 3  # arrays of a launch
-_TERMS = 8  # that a thread asks for at a time; from twice as many on, threads share them
+_TERMS = 8  # of a thread, as many as it asks for at a time; threads share what is more
 
 
 class _Sum(ctypes.Structure):
