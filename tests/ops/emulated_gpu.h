@@ -18,8 +18,6 @@
 #define DYNAMIC_SHARED(type, name) type *name = (type *)shared_memory
 
 struct float4 { float x, y, z, w; };
-struct float2 { float x, y; };
-template <typename T> static void __stcs(T *at, T x) { *at = x; }
 static float4 make_float4(float x, float y, float z, float w) { return {x, y, z, w}; }
 struct Index { int x; };
 static Index threadIdx, blockIdx;

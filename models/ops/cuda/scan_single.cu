@@ -133,7 +133,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) forward(const Scan
         if (hands_on && is_there) write_handed(scan.borders + way_out, __float_as_uint(last));
         state[0] = from_lane_before(last, fmaf(before.decay, carry, before.end), self.lane);
         add_outputs(decay, input, b, c, state, y);
-        store_tokens<!LOW>(scan.y + place.own + rows.tokens, rows.left[0], place.reversed, y[0]);
+        store_tokens(scan.y + place.own + rows.tokens, rows.left[0], place.reversed, y[0]);
         rows = rows_after(scan, self, rows);
         way_out += BLOCK_ROWS;
     }

@@ -7,14 +7,6 @@
 template <typename T>
 struct alignas(sizeof(T) == 4 ? 16 : 8) Four { T value[4]; };
 
-// The words of four tokens.
-template <typename T>
-struct WordsOf { typedef float2 type; };
-template <>
-struct WordsOf<float> { typedef float4 type; };
-template <typename T>
-using Words = typename WordsOf<T>::type;
-
 template <typename T>
 __device__ inline void to_floats(const Four<T> &four, float (&out)[4]) {
 #pragma unroll
@@ -62,8 +54,7 @@ __device__ inline void load_tokens(const T *first, int left, bool reversed, floa
 #endif
 }
 
-// is_final: nothing reads them soon, they need not stay in the cache.
-template <bool is_final = false, typename T>
+template <typename T>
 __device__ inline void store_tokens(T *first, int left, bool reversed, const float (&in)[STEPS]) {
 #if ALIGNED
 #pragma unroll
@@ -72,13 +63,7 @@ __device__ inline void store_tokens(T *first, int left, bool reversed, const flo
 #pragma unroll
         for (int i = 0; i < 4; i++)
             from_float(REVERSIBLE && reversed ? in[4 * k + 3 - i] : in[4 * k + i], piece.value[i]);
-        Four<T> *at = (Four<T> *)after(first, 4 * k, reversed);
-        if (4 * k < left) {
-            if (is_final)
-                __stcs((Words<T> *)at, *(const Words<T> *)&piece);
-            else
-                *at = piece;
-        }
+        if (4 * k < left) *(Four<T> *)after(first, 4 * k, reversed) = piece;
     }
 #else
     EACH_STEP if (i < left) from_float(in[i], *after(first, i, reversed));

@@ -262,5 +262,5 @@ def _products(gradient: Tensor, x: Tensor) -> Tensor:
     if gradient.is_cuda and has_triton():
         from models.ops.ss2d_scan.triton import long_product
 
-        return long_product(gradient, x, x.shape[-2])
+        return long_product(gradient, x)
     return torch.matmul(gradient.float(), x.float().mT)[None]

@@ -486,10 +486,9 @@ def _long_product_kernel(
 ):
     """parts[s, q] = gradient[q] · x[q]ᵀ over the s-th `rounds` · TOKENS tokens of sequence q.
 
-    gradient (sequences, rows, L); x (sequences, rows of its own, L), of which the first `columns`,
-    where sequences are (outer, middle, inner) that lie as the strides say; parts (splits,
-    sequences, rows, columns). The sum over tokens is long and its result small: without the cut few
-    programs would run.
+    gradient (sequences, rows, L); x (sequences, columns, L), where sequences are (outer, middle,
+    inner) that lie as the strides say; parts (splits, sequences, rows, columns). The sum over
+    tokens is long and its result small: without the cut few programs would run.
     """
     tile = tl.program_id(0)
     split = tl.program_id(1)

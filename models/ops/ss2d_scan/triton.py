@@ -201,7 +201,7 @@ def _(x, weight):
 def _project_weight_gradient(gradient: Tensor, x: Tensor) -> Tensor:
     """dL/dweight (2, outputs, D) from gradient (2, B, outputs, L) and x (2, B, D, L)."""
     gradient, x = gradient.contiguous(), x.contiguous()
-    return long_product(gradient, x, x.shape[2]).sum((0, 2)).to(x.dtype)
+    return long_product(gradient, x).sum((0, 2)).to(x.dtype)
 
 
 @_project_weight_gradient.register_fake
@@ -209,13 +209,14 @@ def _(gradient, x):
     return x.new_empty(2, gradient.shape[2], x.shape[2])
 
 
-def long_product(gradient: Tensor, x: Tensor, columns: int) -> Tensor:
+def long_product(gradient: Tensor, x: Tensor) -> Tensor:
     """gradient · xᵀ (parts, ..., rows, columns) in float32, to be summed over parts of the tokens.
 
-    gradient (..., rows, L), contiguous; x (..., columns or more, L), of which the first count, with
-    at most three dimensions before, of any strides.
+    gradient (..., rows, L), contiguous; x (..., columns, L), whose rows lie one after the other and
+    whose other dimensions, at most three, have any strides.
     """
     *sequences, rows, length = gradient.shape
+    columns = x.shape[-2]
     _, middle, inner = (1, 1, 1, *sequences)[-3:]
     strides = (0, 0, 0, *x.stride()[:-2])[-3:]
     shape = _tuning.product
@@ -364,7 +365,9 @@ def _backward(
     grad_projected[:, :, :, rank:] = grad_matrices.sum(0)
     of_A, of_D, of_bias = grad_rows.sum((1, 2)).split([states_count, 1, 1], dim=2)
     # (parts, 2 orders, batch, 2 walks, D, R) to (4 directions, D, R)
-    of_weight = long_product(grad_dt, projected, rank).sum((0, 2)).transpose(0, 1).flatten(0, 1)
+    of_weight = (
+        long_product(grad_dt, projected[..., :rank, :]).sum((0, 2)).transpose(0, 1).flatten(0, 1)
+    )
     return (
         grad_x,
         grad_projected,
