@@ -202,8 +202,11 @@ void from_float(float x, bf16 &out) {
         return launch(blocks, threads, bytes, seed, [=] { name(*given); });                   \
     }
 #ifdef SEGMENT
-LAUNCHER(forward, Scan)
+#if BACKWARD
 LAUNCHER(backward, Scan)
+#else
+LAUNCHER(forward, Scan)
+#endif
 #elif defined(TOKENS)
 LAUNCHER(permute, Reorders)
 LAUNCHER(merge, Reorder<TOKENS>)

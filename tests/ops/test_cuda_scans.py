@@ -193,7 +193,7 @@ class TestEmulated:
         assert max(sizes) <= available
         for _, definitions, *_, size, _, _ in asked:
             chosen = dict(definition.split("=") for definition in definitions)
-            if chosen.get("TOGETHER", "1") > "1" or chosen.get("NEAR") == "1":
+            if int(chosen.get("TOGETHER", 1)) > 1 or chosen.get("NEAR") == "1":
                 assert int(chosen["BLOCKS"]) * size <= available  # nor does it cost a block
 
     @pytest.mark.parametrize("states", [1, 2])

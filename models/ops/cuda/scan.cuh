@@ -17,15 +17,17 @@
 // values in the same order in every run: deterministic. What the forward leaves is what the
 // backward starts from.
 //
-// Compiled for one of the kernels with macros: TOKENS and MATRIX (float, bf16 or half: type of u,
-// delta, y; of B, C, dt_low), SEGMENT, STEPS, ROWS, TOKEN_WARPS and ROW_WARPS (of a block), BLOCKS
-// (on a multiprocessor at least, which divide its registers), STAGE (states of B and C, or half the
-// rows of dt_low, in shared memory at a time), REVERSIBLE (1: there are two walks), LOW (1: dt is
-// made of dt_low; 0: it is given), TOGETHER (passes for which that is done at once), NEAR (1: with
-// weights from shared memory), SCALARS_AHEAD (1: those of all passes are brought at the beginning),
-// ALIGNED (1: the length is a multiple of four and so is each row's address) and PREFETCH (1:
-// aligned, and the GPU copies to shared memory by itself). Each source defines RATES, the states
-// whose rates are in shared memory at a time.
+// Compiled for one of the kernels (BACKWARD: 0 or 1) with macros. Of a layer, whatever the image's
+// size: TOKENS and MATRIX (float, bf16 or half: type of u, delta, y; of B, C, dt_low), CHANNELS
+// (of a group), STATES, RANK (rows of dt_low, of which dt is made; 0: it is given) and REVERSIBLE (1:
+// there are two walks). How the work is cut: SEGMENT, STEPS, ROWS, TOKEN_WARPS and ROW_WARPS
+// (of a block), PASSES, BLOCKS (on a multiprocessor at least, which divide its registers), STAGE
+// (states of B and C, or half the rows of dt_low, in shared memory at a time), TOGETHER (passes for
+// which dt is made at once; of one state all), NEAR (1: with weights from shared memory),
+// SCALARS_AHEAD (1: those of all passes are brought at the beginning), ALIGNED (1: the length is a
+// multiple of four and so is each row's address) and PREFETCH (1: aligned, and the GPU copies to
+// shared memory by itself). Each source defines RATES, the states whose rates are in shared memory
+// at a time.
 #pragma once
 
 #include "device.cuh"
@@ -44,7 +46,7 @@
 struct Scan {
     const TOKENS *u, *delta;
     const MATRIX *low, *B, *C;  // low: dt_low
-    const float *A, *D, *bias, *weight;  // (groups, channels[, states or rank]); A or log(-A)
+    const float *A, *D, *bias, *weight;  // (groups, channels[, states or RANK]); A or log(-A)
     TOKENS *y;
     float *borders;  // what chunks hand on
     int *ticket;
@@ -58,7 +60,7 @@ struct Scan {
     long long matrix_source_stride, matrix_batch_stride, matrix_walk_stride;
     long long part_stride, part_kind_stride;
     long long part_source_stride, part_batch_stride, part_walk_stride;
-    int batch, groups, sources, channels, length, states, rank, chunks, blocks, passes;
+    int batch, groups, sources, length, chunks, blocks;
     int softplus, has_logs;  // has_logs: of A
     int zero;                // what the compiler does not know
 };
@@ -86,7 +88,7 @@ __device__ inline int place_of(int step, int length, bool reversed) {
 
 // From the border after a chunk to that after the next.
 __device__ inline long long border_stride(const Scan &scan) {
-    return (long long)scan.states * scan.channels;
+    return (long long)STATES * CHANNELS;
 }
 
 // Which warp of its block this is; the compiler sees that all lanes agree, and computes what
@@ -117,7 +119,7 @@ __device__ inline void take_place(const Scan &scan, bool backward, Place &place,
                        border_stride(scan);
         place.sums = ((batch * scan.chunks + place.chunk) * TOKEN_WARPS * scan.groups +
                       place.group) *
-                     scan.channels * (scan.states + 2);
+                     CHANNELS * (STATES + 2);
     }
     __syncthreads();
     int warp = warp_of_block();
@@ -139,14 +141,14 @@ struct Rows {
 
 __device__ inline void find_there(const Scan &scan, const Self &self, Rows &rows) {
     EACH_ROW {
-        rows.is_there[r] = rows.first + r < scan.channels;
+        rows.is_there[r] = rows.first + r < CHANNELS;
         rows.left[r] = rows.is_there[r] ? scan.length - self.at : 0;
     }
 }
 
 __device__ inline Rows rows_of(const Scan &scan, const Place &place, const Self &self, int pass) {
     Rows rows;
-    rows.first = (place.block * scan.passes + pass) * BLOCK_ROWS + self.row_warp * WARP_ROWS +
+    rows.first = (place.block * PASSES + pass) * BLOCK_ROWS + self.row_warp * WARP_ROWS +
                  threadIdx.x % SEGMENTS * ROWS;
     rows.tokens = (long long)rows.first * scan.length + self.from;
     find_there(scan, self, rows);

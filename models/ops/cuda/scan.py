@@ -17,6 +17,7 @@ from models.ops.cuda import library
 # Blocks take new channels in further passes while there are as many: for each multiprocessor of a
 # large GPU some eleven in a forward and four, which leave fewer sums to add, in a backward.
 _ENOUGH_BLOCKS = {"forward": 1500, "backward": 528}
+_BESIDE = 1280  # bytes of shared memory that a block takes beside what it asks for, at most
 _SMALL_RANK = 12  # of dt_low: it takes little shared memory, and little time
 
 
@@ -73,8 +74,8 @@ class _Arguments(ctypes.Structure):
             "part_source_stride", "part_batch_stride", "part_walk_stride",
         )),
         *((name, ctypes.c_int) for name in (
-            "batch", "groups", "sources", "channels", "length", "states", "rank", "chunks",
-            "blocks", "passes", "softplus", "has_logs", "zero",
+            "batch", "groups", "sources", "length", "chunks", "blocks",
+            "softplus", "has_logs", "zero",
         )),
     ]  # fmt: skip
 
@@ -89,6 +90,7 @@ class _Layout(NamedTuple):
     token_warps: int
     row_warps: int
     blocks: int
+    passes: int
 
     @property
     def chunk(self) -> int:
@@ -114,21 +116,44 @@ class _Layout(NamedTuple):
 _WARP_TOKENS = 256  # in every layout
 
 
-def _token_warps(length: int, states: int, rank: int) -> int:
+def _token_warps(length: int, states: int) -> int:
     # long sequences of one state are limited by memory alone: few borders, many tokens a block
-    # (and dt_low of such a block must fit into 64 KB)
-    return 4 if states == 1 and length > 2048 and rank <= _SMALL_RANK else 1
+    return 4 if states == 1 and length > 2048 else 1
 
 
 def _layout(name: str, scan: Scan) -> _Layout:
     """What was fastest; a forward and its backward have the same chunks."""
     if scan.states == 1:
-        token_warps = _token_warps(scan.sizes[-1], 1, scan.rank)
-        blocks = 4 if name == "backward" else 6 if scan.rank <= _SMALL_RANK else 5
-        return _Layout(1, 32, 8, 1, token_warps, 4 // token_warps, blocks)
-    if name == "forward":
-        return _Layout(0, 16, 16, 1, 1, 8, 2)
-    return _Layout(0, 32, 8, 2, 1, _plan(scan).row_warps, 1)
+        token_warps = _token_warps(scan.sizes[-1], 1)
+        blocks, passes = (6, 8) if name == "forward" else (4, 16)
+        layout = _Layout(1, 32, 8, 1, token_warps, 4 // token_warps, blocks, passes)
+    else:
+        # the sums over channels, of a backward, hold one stage of states
+        passes = 4 if scan.states <= _plan(scan).stage else 1
+        if name == "forward":
+            layout = _Layout(0, 16, 16, 1, 1, 8, 2, passes)
+        else:
+            layout = _Layout(0, 32, 8, 2, 1, _plan(scan).row_warps, 1, passes)
+    while layout.passes > 1 and _has_too_many_passes(name, scan, layout):
+        layout = layout._replace(passes=layout.passes // 2)
+    return layout
+
+
+def _has_too_many_passes(name: str, scan: Scan, layout: _Layout) -> bool:
+    if _count_blocks(scan, layout) < _ENOUGH_BLOCKS[name]:
+        return True
+    if not (layout.single and scan.rank):
+        return False
+    # dt of all passes is made at once
+    can_copy = library.copies_to_shared(scan.A.device)
+    _, size = _share_out(name, scan, layout, can_copy=can_copy)
+    return not _has_room(scan, size, layout.blocks)
+
+
+def _count_blocks(scan: Scan, layout: _Layout) -> int:
+    groups, batch, channels, length = scan.sizes
+    of_channels = math.ceil(channels / (layout.block_rows * layout.passes))
+    return batch * groups * math.ceil(length / layout.chunk) * of_channels
 
 
 class _Plan(NamedTuple):
@@ -145,24 +170,23 @@ def _plan(scan: Scan) -> _Plan:
     return _Plan(8, 8) if available >= 98_000 else _Plan(4, 4)
 
 
-def count_borders(
-    batch: int, groups: int, channels: int, length: int, states: int, rank: int = 0
-) -> int:
+def count_borders(batch: int, groups: int, channels: int, length: int, states: int) -> int:
     """Numbers that a forward leaves for the backward: states between chunks, and a counter."""
-    chunks = math.ceil(length / (_WARP_TOKENS * _token_warps(length, states, rank)))
+    chunks = math.ceil(length / (_WARP_TOKENS * _token_warps(length, states)))
     return batch * groups * max(chunks - 1, 0) * states * channels + 1
 
 
 def scan_forward(scan: Scan, y: Tensor) -> Tensor:
     """Fill y (sources, batch, walks, D, L); return the states between chunks, flat."""
     groups, batch, channels, length = scan.sizes
-    count = count_borders(batch, groups, channels, length, scan.states, scan.rank)
+    count = count_borders(batch, groups, channels, length, scan.states)
     borders = _not_yet(count, scan.A)
     if y.numel():
-        arguments = _arguments("forward", scan, y, borders)
+        layout = _layout("forward", scan)
+        arguments = _arguments(scan, layout, y, borders)
         arguments.y = y.data_ptr()
         arguments.ticket = borders[-1:].data_ptr()
-        _launch("forward", scan, arguments, (y,))
+        _launch("forward", scan, layout, arguments, (y,))
     return borders
 
 
@@ -190,10 +214,11 @@ def scan_backward(
         return (scan.A.new_zeros(1, *by_walk, 2, states, length),
                 scan.A.new_zeros(1, groups, channels, states + 2))  # fmt: skip
     grad_borders = _not_yet(borders.numel(), scan.A)
-    arguments = _arguments("backward", scan, grad_u, borders)
+    layout = _layout("backward", scan)
+    arguments = _arguments(scan, layout, grad_u, borders)
     parts = scan.A.new_empty(arguments.blocks, *by_walk, 2, states, length)
-    token_warps = _layout("backward", scan).token_warps
-    rows = scan.A.new_empty(batch * arguments.chunks * token_warps, groups, channels, states + 2)
+    spans = batch * arguments.chunks * layout.token_warps
+    rows = scan.A.new_empty(spans, groups, channels, states + 2)
     arguments.grad_y = grad_y[0].data_ptr()
     arguments.grad_source_stride = _distance(grad_y)
     arguments.grad_borders = grad_borders.data_ptr()
@@ -202,7 +227,7 @@ def scan_backward(
     arguments.grad_matrices, arguments.grad_rows = parts.data_ptr(), rows.data_ptr()
     (arguments.part_stride, arguments.part_source_stride, arguments.part_batch_stride,
      arguments.part_walk_stride, arguments.part_kind_stride) = parts.stride()[:5]  # fmt: skip
-    _launch("backward", scan, arguments, (*grad_y, grad_u, grad_delta, parts))
+    _launch("backward", scan, layout, arguments, (*grad_y, grad_u, grad_delta, parts))
     return parts, rows
 
 
@@ -224,21 +249,9 @@ def _not_yet(count: int, like: Tensor) -> Tensor:
     return words
 
 
-def _arguments(name: str, scan: Scan, own: Tensor, borders: Tensor) -> _Arguments:
+def _arguments(scan: Scan, layout: _Layout, own: Tensor, borders: Tensor) -> _Arguments:
     """All that the forward and the backward share; `own` has the strides of y, or of gradients."""
     groups, batch, channels, length = scan.sizes
-    layout = _layout(name, scan)
-    chunks = math.ceil(length / layout.chunk)
-    # how often a block takes new rows: its sums over rows hold one stage of states
-    if layout.single:
-        passes = 8 if name == "forward" else 16
-    else:
-        passes = 4 if scan.states <= _plan(scan).stage else 1
-    while passes > 1 and (
-        batch * groups * chunks * math.ceil(channels / (layout.block_rows * passes))
-        < _ENOUGH_BLOCKS[name]
-    ):
-        passes //= 2
     pointers = {
         name: 0 if x is None else x.data_ptr()
         for name, x in scan._asdict().items()
@@ -261,16 +274,18 @@ def _arguments(name: str, scan: Scan, own: Tensor, borders: Tensor) -> _Argument
         batch=batch,
         groups=groups,
         sources=len(scan.u),
-        channels=channels,
         length=length,
-        states=scan.states,
-        rank=scan.rank,
-        chunks=chunks,
-        blocks=math.ceil(channels / (layout.block_rows * passes)),
-        passes=passes,
+        chunks=math.ceil(length / layout.chunk),
+        blocks=math.ceil(channels / (layout.block_rows * layout.passes)),
         softplus=scan.softplus,
         has_logs=scan.has_logs,
     )
+
+
+def _has_room(scan: Scan, size: int, blocks: int) -> bool:
+    """Whether so many blocks of a multiprocessor can have so much shared memory each."""
+    available = library.shared_bytes(scan.A.device)
+    return blocks * size + (blocks - 1) * _BESIDE <= available
 
 
 class _Room(NamedTuple):
@@ -282,37 +297,39 @@ class _Room(NamedTuple):
     prefetch: int
 
 
-def _share_out(
-    name: str, scan: Scan, layout: _Layout, stage: int, passes: int, *, can_copy: bool
-) -> tuple[_Room, int]:
+def _share_out(name: str, scan: Scan, layout: _Layout, *, can_copy: bool) -> tuple[_Room, int]:
     """What has room in shared memory, what is most needed first; and the bytes of all that."""
     is_backward = name == "backward"
     is_forward_of_many = not layout.single and not is_backward
+    stage, passes = _plan(scan).stage, layout.passes
     arrays = 1 + 2 * is_backward + (scan.delta is not None)
     copied = arrays * layout.rows * layout.steps * layout.threads * scan.u[0].itemsize
-    tile_rows = min(scan.rank, 2 * stage)  # of a chunk each
     lines = 0
     if layout.single:
+        tile_rows = passes * layout.block_rows if scan.rank else 0
         tile_rows += 2 * (is_backward and layout.row_warps > 1)
     else:
-        tile_rows += 2 * min(scan.states, stage) * (1 + is_backward)
+        tile_rows = min(scan.rank, 2 * stage) + 2 * min(scan.states, stage) * (1 + is_backward)
         lines = is_backward * layout.row_warps * layout.rows * 2 * 8 * 36  # LINES of a block
     scalars = 4 * layout.block_rows * (3 if layout.single else 2 + stage)  # of a pass
-    waiting = 4 * layout.chunk * layout.block_rows  # dt of a pass
     weights = 4 * passes * layout.block_rows * (scan.rank | 1)
-    available = library.shared_bytes(scan.A.device)
-
-    def has_room(size: int, blocks: int = layout.blocks) -> bool:
-        return blocks * size <= available
 
     size = 4 * (layout.chunk * tile_rows + lines)
-    prefetch = can_copy and has_room(size + copied + min(passes, 2) * scalars, blocks=1)
+    prefetch = can_copy and _has_room(scan, size + copied + min(passes, 2) * scalars, 1)
     size += prefetch * copied
-    scalars_ahead = layout.single or passes <= 2 or has_room(size + passes * scalars)
+    if layout.single:
+        together = passes if scan.rank else 1
+        return _Room(together, 0, 1, int(prefetch)), size + passes * scalars
+
+    def has_room(size: int) -> bool:
+        return _has_room(scan, size, layout.blocks)
+
+    scalars_ahead = passes <= 2 or has_room(size + passes * scalars)
     size += (passes if scalars_ahead else 2) * scalars
-    together = _together(name, scan, passes)
-    while together > 1 and not has_room(size + (together - 1) * waiting):
-        together //= 2
+    together = min(passes, 2) if is_forward_of_many and scan.rank else 1
+    waiting = 4 * layout.chunk * layout.block_rows  # dt of a pass
+    if together == 2 and not has_room(size + waiting):
+        together = 1
     size += (together - 1) * waiting
     # of few weights a lane's own reads are as fast
     near = is_forward_of_many and scan.rank > _SMALL_RANK and has_room(size + weights)
@@ -320,39 +337,38 @@ def _share_out(
     return _Room(together, int(near), int(scalars_ahead), int(prefetch)), size
 
 
-def _together(name: str, scan: Scan, passes: int) -> int:
-    """For how many passes dt is made at once, if shared memory has room for what waits."""
-    if scan.low is None:
-        return 1
-    if scan.states > 1:  # a backward has two channels a lane as it is
-        return min(passes, 2) if name == "forward" else 1
-    return 1 if name == "forward" and scan.rank <= _SMALL_RANK else min(passes, 4)
-
-
-def _launch(name: str, scan: Scan, arguments: _Arguments, others: tuple[Tensor, ...]) -> None:
+def _launch(
+    name: str,
+    scan: Scan,
+    layout: _Layout,
+    arguments: _Arguments,
+    others: tuple[Tensor, ...],
+) -> None:
     tensors = [*scan.u, scan.delta, scan.low, scan.B, scan.C, *others]
     is_aligned = arguments.length % 4 == 0 and all(
         x.data_ptr() % (4 * x.element_size()) == 0 for x in tensors if x is not None
     )
-    layout, stage = _layout(name, scan), _plan(scan).stage
     can_copy = is_aligned and library.copies_to_shared(scan.A.device)
-    room, size = _share_out(name, scan, layout, stage, arguments.passes, can_copy=can_copy)
+    room, size = _share_out(name, scan, layout, can_copy=can_copy)
     chosen = {**layout._asdict(), **room._asdict()}
     is_single = chosen.pop("single")
     definitions = {
+        "BACKWARD": int(name == "backward"),
         "TOKENS": library.TYPES[scan.u[0].dtype],
         "MATRIX": library.TYPES[scan.B.dtype],
+        "CHANNELS": scan.sizes[2],
+        "STATES": scan.states,
+        "RANK": scan.rank,
         **{name.upper(): value for name, value in chosen.items()},
-        "STAGE": stage,
+        "STAGE": _plan(scan).stage,
         "REVERSIBLE": int(arguments.groups > arguments.sources),
-        "LOW": int(scan.low is not None),
         "ALIGNED": int(is_aligned),
     }
     library.launch(
         "scan_single.cu" if is_single else "scan_many.cu",
         tuple(f"{macro}={value}" for macro, value in definitions.items()),
         name,
-        arguments.blocks * arguments.groups * arguments.batch * arguments.chunks,
+        _count_blocks(scan, layout),
         layout.threads,
         size,
         arguments,

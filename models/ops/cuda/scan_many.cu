@@ -14,7 +14,7 @@
 #include "steps.cuh"
 
 // Passes whose scalars are in shared memory at a time: all, or one and that to come.
-__device__ inline int scalar_passes(const Scan &scan) { return SCALARS_AHEAD ? scan.passes : 2; }
+__device__ inline int scalar_passes(const Scan &scan) { return SCALARS_AHEAD ? PASSES : 2; }
 
 // Scalars of all channels of a warp, in shared memory.
 __device__ inline float *scalars_of_warp(const Scan &scan, float *scalars) {
@@ -48,12 +48,12 @@ __device__ inline void fetch_scalars(const Scan &scan, const Place &place, const
     int lane = threadIdx.x % LANES, row = lane % lanes / RATES, n = lane % RATES;
     int end = pass + passes;
     for (pass += lane / lanes; pass < end; pass += LANES / lanes) {
-        int in_group = (place.block * scan.passes + pass) * BLOCK_ROWS +
+        int in_group = (place.block * PASSES + pass) * BLOCK_ROWS +
                        self.row_warp * WARP_ROWS + row;
-        bool is_there = in_group < scan.channels;
-        long long channel = (long long)place.group * scan.channels + in_group;
+        bool is_there = in_group < CHANNELS;
+        long long channel = (long long)place.group * CHANNELS + in_group;
         float *own = scalars_of_pass(scalars, pass) + row * ROW_SCALARS;
-        fetch_scalar(own + 2 + n, scan.A + channel * scan.states + first + n,
+        fetch_scalar(own + 2 + n, scan.A + channel * STATES + first + n,
                      is_there && n < count);
         for (int k = n; k < 2; k += RATES) {
             const float *others = k == 0 ? scan.bias : scan.D;
@@ -62,17 +62,85 @@ __device__ inline void fetch_scalars(const Scan &scan, const Place &place, const
     }
 }
 
+// Rows of dt_low in shared memory.
+#define LOW_ROWS (RANK < 2 * STAGE ? RANK : 2 * STAGE)
+#define LATER ((TOGETHER - 1) * ROWS * PIECES * THREADS)  // float4 of dt that is made ahead
+#define EACH_PASS _Pragma("unroll") for (int p = 0; p < TOGETHER; p++)
+
+// Rows of dt_low from `first` on: all that there are, or as many as shared memory holds at a time.
+__device__ inline void stage_low(const Scan &scan, const Place &place, int first, float4 *tile) {
+    const MATRIX *low[1] = {scan.low + place.matrix + (long long)first * scan.length};
+    stage(low, min(RANK - first, 2 * STAGE), tile, 1, scan, place);
+}
+
+// Weights of a channel in shared memory, for an odd number of words, which keeps banks apart.
+#define WEIGHT_ROW (RANK | 1)
+
 // Bring weights of dt there, for all passes.
 __device__ inline void fetch_weights(const Scan &scan, const Place &place, const Self &self,
                                      float *weights) {
-    for (int row = 0; row < scan.passes * WARP_ROWS; row++) {
-        int in_group = (place.block * scan.passes + row / WARP_ROWS) * BLOCK_ROWS +
+    for (int row = 0; row < PASSES * WARP_ROWS; row++) {
+        int in_group = (place.block * PASSES + row / WARP_ROWS) * BLOCK_ROWS +
                        self.row_warp * WARP_ROWS + row % WARP_ROWS;
         const float *from = scan.weight +
-                            ((long long)place.group * scan.channels + in_group) * scan.rank;
-        for (int k = threadIdx.x % LANES; k < scan.rank; k += LANES)
-            fetch_scalar(weights + row * weight_row(scan) + k, from + k, in_group < scan.channels);
+                            ((long long)place.group * CHANNELS + in_group) * RANK;
+        for (int k = threadIdx.x % LANES; k < RANK; k += LANES)
+            fetch_scalar(weights + row * WEIGHT_ROW + k, from + k, in_group < CHANNELS);
     }
+}
+
+// dt of a warp's rows before bias and softplus: given, or made of the rows of dt_low in `tile`, for
+// as many passes together as TOGETHER says. Shared memory delivers 128 bytes a clock: for each pass
+// alone 32 rows of dt_low would take it as long as B and C of 16 states. dt of later passes waits
+// in `later`. If NEAR, the weights of all passes of the warp are in shared memory, else in global.
+// On tensor cores (product.cuh) it is no faster here: half the instructions, but warps that wait for
+// one another before they begin.
+__device__ inline void begin_steps(const Scan &scan, const Place &place, const Self &self,
+                                   const Rows &rows, const Four<TOKENS> *slots, float4 *tile,
+                                   const float *weights, float4 *later, int pass, Tokens &dt) {
+    if (!RANK) {
+        EACH_ROW take_tokens(scan.delta + place.own + tokens_of(scan, rows, r), slots, r,
+                             rows.left[r], place.reversed, dt[r]);
+        return;
+    }
+    later += threadIdx.x;
+    if (pass % TOGETHER > 0) {
+        later += (pass % TOGETHER - 1) * ROWS * PIECES * THREADS;
+        EACH_ROW read_pieces<THREADS>(later + r * PIECES * THREADS, dt[r]);
+        return;
+    }
+    float made[TOGETHER][ROWS][STEPS] = {};
+    for (int first = 0; first < RANK; first += 2 * STAGE) {
+        int count = min(RANK - first, 2 * STAGE);
+        if (RANK > 2 * STAGE) {  // else they are there
+            __syncthreads();
+            stage_low(scan, place, first, tile);
+            __syncthreads();
+        }
+        int weight[TOGETHER][ROWS];  // where the next lies
+        EACH_PASS EACH_ROW {
+            int row = min(rows.first + p * BLOCK_ROWS + r, CHANNELS - 1);
+            weight[p][r] = (place.group * CHANNELS + row) * RANK + first;
+            if (NEAR) {
+                row = (pass + p) * WARP_ROWS + (int)threadIdx.x % SEGMENTS * ROWS + r;
+                weight[p][r] = row * WEIGHT_ROW + first;
+            }
+        }
+        const float4 *own = tile + self.lane;
+#pragma unroll 2
+        for (int k = 0; k < count; k++) {
+            float value[STEPS];
+            read_tile(own, value);
+            EACH_PASS EACH_ROW {
+                float w = (NEAR ? weights : scan.weight)[weight[p][r]++];
+                EACH_STEP made[p][r][i] = fmaf(w, value[i], made[p][r][i]);
+            }
+            own += TILE_ROW;
+        }
+    }
+    EACH_ROW EACH_STEP dt[r][i] = made[0][r][i];
+    EACH_PASS EACH_ROW if (p > 0)
+        write_pieces<THREADS>(later + ((p - 1) * ROWS + r) * PIECES * THREADS, made[p][r]);
 }
 
 // The rates of a warp's channels in one pass, for base 2, from what A holds. scalars: of the first.
@@ -91,11 +159,11 @@ __device__ inline void begin_rates(const Scan &scan, float *scalars) {
 #define BACKWARD_ROWS 4
 
 __device__ inline float4 *low_of(const Scan &scan, float4 *shared, int rows) {
-    return shared + rows * TILE_ROW * min(scan.states, STAGE);
+    return shared + rows * TILE_ROW * min(STATES, STAGE);
 }
 
-__device__ inline float4 *after_low(const Scan &scan, float4 *low) {
-    return low + TILE_ROW * low_rows(scan);
+__device__ inline float4 *after_low(float4 *low) {
+    return low + TILE_ROW * LOW_ROWS;
 }
 
 // B and C of states [first, first + count).
@@ -113,31 +181,32 @@ __device__ inline void stage_matrices(const Scan &scan, const Place &place, int 
 __device__ inline const float *entry_of(const Scan &scan, const Place &place, const Self &self,
                                         const Rows &rows, int first, int count) {
     return scan.borders + place.border - border_stride(scan) + rows.first +
-           (long long)(first + min(self.lane, count - 1)) * scan.channels;
+           (long long)(first + min(self.lane, count - 1)) * CHANNELS;
 }
 
+#if !BACKWARD
 extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) forward(const Scan scan) {
     DYNAMIC_SHARED(float4, shared);
     __shared__ Place place;
     Self self;
     take_place(scan, false, place, self);
     float4 *low = low_of(scan, shared, FORWARD_ROWS);
-    Four<TOKENS> *slots = (Four<TOKENS> *)after_low(scan, low);
-    float4 *later = (float4 *)(slots + PREFETCH * (1 + !LOW) * SLOTS);
+    Four<TOKENS> *slots = (Four<TOKENS> *)after_low(low);
+    float4 *later = (float4 *)(slots + PREFETCH * (1 + !RANK) * SLOTS);
     float *scalars_of_block = (float *)(later + LATER);
     float *all_scalars = scalars_of_warp(scan, scalars_of_block);
     float *weights = scalars_of_block + scalar_passes(scan) * BLOCK_ROWS * ROW_SCALARS;
-    weights += self.row_warp * scan.passes * WARP_ROWS * weight_row(scan);
+    weights += self.row_warp * PASSES * WARP_ROWS * WEIGHT_ROW;
     Rows rows = rows_of(scan, place, self, 0);
     fetch_inputs(scan, place, self, rows, slots, slots + SLOTS);
-    fetch_scalars(scan, place, self, 0, SCALARS_AHEAD ? scan.passes : 1, 0,
-                  min(scan.states, STAGE), all_scalars);
+    fetch_scalars(scan, place, self, 0, SCALARS_AHEAD ? PASSES : 1, 0,
+                  min(STATES, STAGE), all_scalars);
     if (NEAR) fetch_weights(scan, place, self, weights);
-    if (LOW && scan.rank <= 2 * STAGE) stage_low(scan, place, 0, low);
-    stage_matrices(scan, place, 0, min(scan.states, STAGE), shared, FORWARD_ROWS);
+    if (RANK > 0 && RANK <= 2 * STAGE) stage_low(scan, place, 0, low);
+    stage_matrices(scan, place, 0, min(STATES, STAGE), shared, FORWARD_ROWS);
     __syncthreads();
 
-    for (int pass = 0; pass < scan.passes; pass++) {
+    for (int pass = 0; pass < PASSES; pass++) {
         Tokens dt, input, y;
         float span[ROWS], span_up[ROWS];
         rows = rows_of(scan, place, self, hidden(pass));
@@ -146,7 +215,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) forward(const Scan
         bool hands_on = place.chunk + 1 < scan.chunks && rows.is_there[0] &&
                         self.lane == SEGMENT - 1;
         float *way_out = scan.borders + place.border + rows.first;
-        const float *entry = entry_of(scan, place, self, rows, 0, min(scan.states, STAGE));
+        const float *entry = entry_of(scan, place, self, rows, 0, min(STATES, STAGE));
         unsigned handed = look(entry, takes_over);
         if (PREFETCH) wait_for_copies();
         __syncwarp();  // lanes fetched scalars for one another
@@ -160,11 +229,11 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) forward(const Scan
             EACH_STEP y[r][i] = scalars[r * ROW_SCALARS + 1] * input[r][i];
         }
         begin_inputs(dt, input);
-        if (PREFETCH && pass + 1 < scan.passes)
+        if (PREFETCH && pass + 1 < PASSES)
             fetch_inputs(scan, place, self, rows_of(scan, place, self, hidden(pass + 1)), slots,
                          slots + SLOTS);
-        for (int first = 0; first < scan.states; first += STAGE) {
-            int count = min(scan.states - first, STAGE);
+        for (int first = 0; first < STATES; first += STAGE) {
+            int count = min(STATES - first, STAGE);
             if (first > 0) {
                 __syncthreads();
                 fetch_scalars(scan, place, self, pass, 1, first, count, all_scalars);
@@ -201,7 +270,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) forward(const Scan
                 state[0] = from_lane_before(last, carry, self.lane);
                 read_tile(tile + TILE_ROW, c);
                 add_outputs(decay, input, b, c, state, y);
-                way_out += scan.channels;
+                way_out += CHANNELS;
                 tile += FORWARD_ROWS * TILE_ROW;
             }
         }
@@ -210,6 +279,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) forward(const Scan
                               place.reversed, y[r]);
     }
 }
+#endif
 
 // The block's sums for B and C, from shared memory to where its part lies.
 __device__ inline void store_sums(const Scan &scan, const Place &place, int first, int count,
@@ -308,6 +378,7 @@ __device__ inline void begin_states(const Scan &scan, const Place &place, int fi
     __syncthreads();
 }
 
+#if BACKWARD
 extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) backward(const Scan scan) {
     DYNAMIC_SHARED(float4, shared);
     __shared__ Place place;
@@ -315,21 +386,21 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) backward(const Sca
     Self self;
     take_place(scan, true, place, self);
     float4 *low = low_of(scan, shared, BACKWARD_ROWS);
-    float *lines = (float *)after_low(scan, low);
+    float *lines = (float *)after_low(low);
     // u twice: it is needed once more at the end of a pass
     Four<TOKENS> *u_slots = (Four<TOKENS> *)(lines + ROW_WARPS * LINES);
     Four<TOKENS> *grad_slots = u_slots + 2 * SLOTS, *delta_slots = grad_slots + SLOTS;
-    float *all_scalars = scalars_of_warp(scan, (float *)(u_slots + PREFETCH * (3 + !LOW) * SLOTS));
+    float *all_scalars = scalars_of_warp(scan, (float *)(u_slots + PREFETCH * (3 + !RANK) * SLOTS));
     lines += self.row_warp * LINES;
     Rows rows = rows_of(scan, place, self, 0);
     fetch_inputs(scan, place, self, rows, u_slots, delta_slots);
     fetch_gradients(scan, place, self, rows, grad_slots);
-    fetch_scalars(scan, place, self, 0, SCALARS_AHEAD ? scan.passes : 1, 0,
-                  min(scan.states, STAGE), all_scalars);
-    if (LOW && scan.rank <= 2 * STAGE) stage_low(scan, place, 0, low);
-    begin_states(scan, place, 0, min(scan.states, STAGE), shared, turns);
+    fetch_scalars(scan, place, self, 0, SCALARS_AHEAD ? PASSES : 1, 0,
+                  min(STATES, STAGE), all_scalars);
+    if (RANK > 0 && RANK <= 2 * STAGE) stage_low(scan, place, 0, low);
+    begin_states(scan, place, 0, min(STATES, STAGE), shared, turns);
 
-    for (int pass = 0; pass < scan.passes; pass++) {
+    for (int pass = 0; pass < PASSES; pass++) {
         Tokens dt, input, dy;
         float span[ROWS];
         ForTokens token_sums = {};
@@ -353,17 +424,17 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) backward(const Sca
         float chunk_span[1] = {halve_lanes(span, self.lane)};  // of the line's row
         sum_halves(chunk_span);
         keep(chunk_span[0]);
-        if ((PREFETCH || !SCALARS_AHEAD) && pass + 1 < scan.passes) {
+        if ((PREFETCH || !SCALARS_AHEAD) && pass + 1 < PASSES) {
             Rows next = rows_of(scan, place, self, hidden(pass + 1));
             fetch_inputs(scan, place, self, next, u_slots + (pass + 1) % 2 * SLOTS,
                          delta_slots);
             fetch_gradients(scan, place, self, next, grad_slots);
             if (!SCALARS_AHEAD)
-                fetch_scalars(scan, place, self, pass + 1, 1, 0, scan.states, all_scalars);
+                fetch_scalars(scan, place, self, pass + 1, 1, 0, STATES, all_scalars);
         }
 
-        for (int first = 0; first < scan.states; first += STAGE) {
-            int count = min(scan.states - first, STAGE);
+        for (int first = 0; first < STATES; first += STAGE) {
+            int count = min(STATES - first, STAGE);
             if (first > 0) {
                 fetch_scalars(scan, place, self, pass, 1, first, count, all_scalars);
                 if (PREFETCH) wait_for_copies();
@@ -384,7 +455,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) backward(const Sca
                 const float *entry = (is_back ? scan.grad_borders
                                               : scan.borders - border_stride(scan)) +
                                      place.border + at.first + second % ROWS +
-                                     (long long)(first + from + own) * scan.channels;
+                                     (long long)(first + from + own) * CHANNELS;
                 float4 *tile = shared + from * BACKWARD_ROWS * TILE_ROW + self.lane;
                 unsigned border = look(entry, has_line && takes_over);
 
@@ -458,10 +529,10 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) backward(const Sca
                     row_sums.at[first + from + member] = for_held(scan, sum, line_rate);
                 __syncwarp();
             }
-            if (pass + 1 == scan.passes) {
+            if (pass + 1 == PASSES) {
                 __syncthreads();
                 store_sums(scan, place, first, count, shared);
-                if (scan.states > STAGE) __syncthreads();
+                if (STATES > STAGE) __syncthreads();
             }
         }
         rows = rows_of(scan, place, self, hidden(pass));
@@ -470,3 +541,4 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) backward(const Sca
                     token_sums, row_sums);
     }
 }
+#endif

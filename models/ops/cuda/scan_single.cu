@@ -6,15 +6,18 @@
 #define RATES 1
 
 #include "steps.cuh"
+#if RANK
+#include "product.cuh"
+#endif
 
 // Bring the scalars of all of the block's channels to shared memory. They are few, and the same for
 // all warps: copies by each warp, as of many states, are slower here.
 __device__ inline void stage_scalars(const Scan &scan, const Place &place, float *scalars) {
-    int rows = scan.passes * BLOCK_ROWS;
+    int rows = PASSES * BLOCK_ROWS;
     for (int row = threadIdx.x; row < rows; row += THREADS) {
         int in_group = place.block * rows + row;
-        bool is_there = in_group < scan.channels;
-        long long channel = (long long)place.group * scan.channels + in_group;
+        bool is_there = in_group < CHANNELS;
+        long long channel = (long long)place.group * CHANNELS + in_group;
         float *own = scalars + row * ROW_SCALARS;
         own[0] = is_there && scan.bias != nullptr ? scan.bias[channel] : 0.0f;
         own[1] = is_there && scan.D != nullptr ? scan.D[channel] : 0.0f;
@@ -66,11 +69,32 @@ __device__ inline void add_others(const Others &others, float (&decay)[ROWS], fl
     decay[0] *= others.decay;
 }
 
-// Shared memory: rows of dt_low, a backward's sums for B and C, tokens on their way, scalars.
-__device__ inline Four<TOKENS> *slots_of(const Scan &scan, float4 *shared, int sums) {
-    return (Four<TOKENS> *)(shared + TILE_ROW * (low_rows(scan) + sums));
+#if RANK
+#define STEP_ROWS MADE
+#else
+#define STEP_ROWS 0
+#endif
+
+// Shared memory: dt if it is made here, a backward's sums for B and C, tokens on their way, scalars.
+__device__ inline float4 *sums_of(float4 *shared) { return shared + TILE_ROW * STEP_ROWS; }
+
+__device__ inline Four<TOKENS> *slots_of(float4 *shared, int sums) {
+    return (Four<TOKENS> *)(sums_of(shared) + TILE_ROW * sums);
 }
 
+// dt of a pass before bias and softplus.
+__device__ inline void begin_steps(const Scan &scan, const Place &place, const Self &self,
+                                   const Rows &rows, const Four<TOKENS> *slots,
+                                   const float4 *made, int pass, Tokens &dt) {
+#if RANK
+    read_steps(self, pass, made, dt[0]);
+#else
+    take_tokens(scan.delta + place.own + rows.tokens, slots, 0, rows.left[0], place.reversed,
+                dt[0]);
+#endif
+}
+
+#if !BACKWARD
 extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) forward(const Scan scan) {
     DYNAMIC_SHARED(float4, shared);
     DECLARE_TOTALS;
@@ -78,35 +102,36 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) forward(const Scan
     Self self;
     take_place(scan, false, taken, self);
     const Place place = taken;
-    Four<TOKENS> *slots = slots_of(scan, shared, 0);
-    float4 *later = (float4 *)(slots + PREFETCH * (1 + !LOW) * SLOTS);
-    float *all_scalars = (float *)(later + LATER);
+    Four<TOKENS> *slots = slots_of(shared, 0);
+    float *all_scalars = (float *)(slots + PREFETCH * (1 + !RANK) * SLOTS);
     bool hands_on = place.chunk + 1 < scan.chunks && self.lane == LANES - 1 &&
                     self.token_warp == TOKEN_WARPS - 1;
     Rows rows = rows_of(scan, place, self, 0);
     long long way_out = place.border + rows.first;
     fetch_inputs(scan, place, self, rows, slots, slots + SLOTS);
+#if RANK
+    make_steps(scan, place, shared);
+#endif
     int left = scan.length - self.at;
     float b[STEPS], c[STEPS];
     load_tokens(scan.B + place.matrix + self.from, left, place.reversed, b);
     load_tokens(scan.C + place.matrix + self.from, left, place.reversed, c);
     stage_scalars(scan, place, all_scalars);
-    if (LOW && scan.rank <= 2 * STAGE) stage_low(scan, place, 0, shared);
     __syncthreads();
 
-    for (int pass = 0; pass < scan.passes; pass++) {
+    for (int pass = 0; pass < PASSES; pass++) {
         Tokens dt, input, y, decay;
         float span[ROWS], span_up[ROWS], whole[ROWS], end[ROWS], state[ROWS];
         bool is_there = rows.is_there[0];
         const float *scalars = all_scalars + (pass * ROW_WARPS + self.row_warp) * ROW_SCALARS;
         keep(way_out);
-        const float *entry = scan.borders + way_out - scan.channels;
+        const float *entry = scan.borders + way_out - CHANNELS;
         unsigned border = look(entry, place.chunk > 0 && is_there);
         if (PREFETCH) wait_for_copies();
         take_tokens(scan.u + place.shared + rows.tokens, slots, 0, rows.left[0], place.reversed,
                     input[0]);
-        begin_steps(scan, place, self, rows, slots + SLOTS, shared, nullptr, later, pass, dt);
-        if (PREFETCH && pass + 1 < scan.passes)
+        begin_steps(scan, place, self, rows, slots + SLOTS, shared, pass, dt);
+        if (PREFETCH && pass + 1 < PASSES)
             fetch_inputs(scan, place, self, rows_after(scan, self, rows), slots, slots + SLOTS);
         finish_steps(scan, rows, scalars, dt);
         float skip = scalars[1], rate[ROWS] = {scalars[2]};
@@ -138,6 +163,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) forward(const Scan
         way_out += BLOCK_ROWS;
     }
 }
+#endif
 
 // Sums for B and C of all warps of the block with the same tokens, to where the block's part lies.
 __device__ inline void store_sums(const Scan &scan, const Place &place, const Self &self,
@@ -164,6 +190,7 @@ __device__ inline void store_sums(const Scan &scan, const Place &place, const Se
     store_tokens(parts + scan.part_kind_stride, left, place.reversed, for_c);
 }
 
+#if BACKWARD
 extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) backward(const Scan scan) {
     DYNAMIC_SHARED(float4, shared);
     DECLARE_TOTALS;
@@ -172,25 +199,26 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) backward(const Sca
     take_place(scan, true, taken, self);
     const Place place = taken;
     // u twice: it is needed once more at the end of a pass
-    Four<TOKENS> *u_slots = slots_of(scan, shared, ROW_WARPS > 1 ? 2 : 0);
+    Four<TOKENS> *u_slots = slots_of(shared, ROW_WARPS > 1 ? 2 : 0);
     Four<TOKENS> *grad_slots = u_slots + 2 * SLOTS, *delta_slots = grad_slots + SLOTS;
-    float4 *later = (float4 *)(u_slots + PREFETCH * (3 + !LOW) * SLOTS);
-    float *all_scalars = (float *)(later + LATER);
+    float *all_scalars = (float *)(u_slots + PREFETCH * (3 + !RANK) * SLOTS);
     bool has_before = place.chunk > 0;
     bool hands_on = has_before && self.lane == 0 && self.token_warp == 0;
     Rows rows = rows_of(scan, place, self, 0);
     long long own = place.border + rows.first;  // the border after the chunk
     fetch_inputs(scan, place, self, rows, u_slots, delta_slots);
     fetch_gradients(scan, place, self, rows, grad_slots);
+#if RANK
+    make_steps(scan, place, shared);
+#endif
     int left = scan.length - self.at;
     float b[STEPS], c[STEPS], for_b[STEPS] = {}, for_c[STEPS] = {};
     load_tokens(scan.B + place.matrix + self.from, left, place.reversed, b);
     load_tokens(scan.C + place.matrix + self.from, left, place.reversed, c);
     stage_scalars(scan, place, all_scalars);
-    if (LOW && scan.rank <= 2 * STAGE) stage_low(scan, place, 0, shared);
     __syncthreads();
 
-    for (int pass = 0; pass < scan.passes; pass++) {
+    for (int pass = 0; pass < PASSES; pass++) {
         Tokens dt, input, dy, decay;
         float span[ROWS], whole[ROWS], end[ROWS], whole_back[ROWS], end_back[ROWS];
         float span_up[ROWS], span_down[ROWS];
@@ -202,19 +230,19 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) backward(const Sca
         keep(own), keep(rows.tokens);
         const float *late = scan.grad_borders + own;
         unsigned border = look(late, place.chunk + 1 < scan.chunks && is_there);
-        unsigned inherited = look(scan.borders + own - scan.channels, has_before && is_there);
+        unsigned inherited = look(scan.borders + own - CHANNELS, has_before && is_there);
         if (PREFETCH) wait_for_copies();
         take_tokens(scan.u + place.shared + rows.tokens, slots, 0, rows.left[0], place.reversed,
                     input[0]);
         take_tokens(scan.grad_y + place.grad + rows.tokens, grad_slots, 0, rows.left[0],
                     place.reversed, dy[0]);
-        begin_steps(scan, place, self, rows, delta_slots, shared, nullptr, later, pass, dt);
+        begin_steps(scan, place, self, rows, delta_slots, shared, pass, dt);
         finish_steps(scan, rows, scalars, dt);
         float rate[ROWS] = {scalars[2]};
         spans_of(dt, span);
         begin_inputs(dt, input);
         Rows coming = rows_after(scan, self, rows);
-        if (PREFETCH && pass + 1 < scan.passes) {
+        if (PREFETCH && pass + 1 < PASSES) {
             fetch_inputs(scan, place, self, coming, u_slots + (pass + 1) % 2 * SLOTS, delta_slots);
             fetch_gradients(scan, place, self, coming, grad_slots);
         }
@@ -247,7 +275,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) backward(const Sca
         float from = __uint_as_float(border);
         float last = fmaf(whole_back[0], from, end_back[0]);
         if (hands_on && is_there)
-            write_handed((void *)(late - scan.channels), __float_as_uint(last));
+            write_handed((void *)(late - CHANNELS), __float_as_uint(last));
         back[0] = from_lane_after(last, fmaf(after.decay, from, after.end), self.lane);
         state[0] = from_lane_before(fmaf(whole[0], carry, end[0]), carry, self.lane);
         add_gradients(dt, input, dy, decay, rate, b, c, state, back, for_b, for_c,
@@ -260,5 +288,6 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) backward(const Sca
         rows = coming;
         own += BLOCK_ROWS;
     }
-    store_sums(scan, place, self, shared + TILE_ROW * low_rows(scan), for_b, for_c);
+    store_sums(scan, place, self, sums_of(shared), for_b, for_c);
 }
+#endif

@@ -101,8 +101,8 @@ __device__ inline RowSums row_sums_of(const Scan &scan, const Place &place, cons
     int row = rows.first + (is_upper ? ROWS - 1 : 0);
     RowSums sums;
     sums.is_writer = is_upper ? ROWS == 2 && rows.is_there[ROWS - 1] : rows.is_there[0];
-    int at = self.token_warp * scan.groups * scan.channels + row;
-    sums.at = scan.grad_rows + place.sums + (long long)at * (scan.states + 2);
+    int at = self.token_warp * scan.groups * CHANNELS + row;
+    sums.at = scan.grad_rows + place.sums + (long long)at * (STATES + 2);
     return sums;
 }
 
@@ -131,7 +131,7 @@ __device__ inline void finish_rows(const Scan &scan, const Place &place, const S
     sum_halves(totals);
     int n = self.lane % (LANES / 2);
     if (row_sums.is_writer && n < 2)
-        row_sums.at[scan.states + n] = n == 0 ? totals[0] : totals[1];
+        row_sums.at[STATES + n] = n == 0 ? totals[0] : totals[1];
 }
 
 // Where the block's sums for B and C go.

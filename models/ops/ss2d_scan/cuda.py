@@ -96,7 +96,7 @@ def _forward(
 def _(x, to_projected, weight, bias, A_logs, D, scan, window):
     batch, channels, height, width = x.shape
     y = torch.empty_like(x, memory_format=torch.contiguous_format)
-    count = count_borders(batch, 4, channels, height * width, A_logs.shape[2], weight.shape[2])
+    count = count_borders(batch, 4, channels, height * width, A_logs.shape[2])
     _, projections = _empty_projections(x, to_projected, scan)
     return y, _empty_orders(x, scan), projections, A_logs.new_empty(count)
 
