@@ -139,6 +139,14 @@ struct Rows {
 
 #define BLOCK_ROWS (ROW_WARPS * WARP_ROWS)  // in one pass
 
+// How many passes have channels at all; the last block's may be fewer.
+__device__ inline int passes_of(const Place &place) {
+    int left = CHANNELS - place.block * PASSES * BLOCK_ROWS;
+    return CHANNELS % (PASSES * BLOCK_ROWS) == 0
+               ? PASSES
+               : min(PASSES, (left + BLOCK_ROWS - 1) / BLOCK_ROWS);
+}
+
 __device__ inline void find_there(const Scan &scan, const Self &self, Rows &rows) {
     EACH_ROW {
         rows.is_there[r] = rows.first + r < CHANNELS;

@@ -206,7 +206,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) forward(const Scan
     stage_matrices(scan, place, 0, min(STATES, STAGE), shared, FORWARD_ROWS);
     __syncthreads();
 
-    for (int pass = 0; pass < PASSES; pass++) {
+    const int passes = passes_of(place);
+    for (int pass = 0; pass < passes; pass++) {
         Tokens dt, input, y;
         float span[ROWS], span_up[ROWS];
         rows = rows_of(scan, place, self, hidden(pass));
@@ -229,7 +230,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) forward(const Scan
             EACH_STEP y[r][i] = scalars[r * ROW_SCALARS + 1] * input[r][i];
         }
         begin_inputs(dt, input);
-        if (PREFETCH && pass + 1 < PASSES)
+        if (PREFETCH && pass + 1 < passes)
             fetch_inputs(scan, place, self, rows_of(scan, place, self, hidden(pass + 1)), slots,
                          slots + SLOTS);
         for (int first = 0; first < STATES; first += STAGE) {
@@ -400,7 +401,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) backward(const Sca
     if (RANK > 0 && RANK <= 2 * STAGE) stage_low(scan, place, 0, low);
     begin_states(scan, place, 0, min(STATES, STAGE), shared, turns);
 
-    for (int pass = 0; pass < PASSES; pass++) {
+    const int passes = passes_of(place);
+    for (int pass = 0; pass < passes; pass++) {
         Tokens dt, input, dy;
         float span[ROWS];
         ForTokens token_sums = {};
@@ -424,7 +426,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) backward(const Sca
         float chunk_span[1] = {halve_lanes(span, self.lane)};  // of the line's row
         sum_halves(chunk_span);
         keep(chunk_span[0]);
-        if ((PREFETCH || !SCALARS_AHEAD) && pass + 1 < PASSES) {
+        if ((PREFETCH || !SCALARS_AHEAD) && pass + 1 < passes) {
             Rows next = rows_of(scan, place, self, hidden(pass + 1));
             fetch_inputs(scan, place, self, next, u_slots + (pass + 1) % 2 * SLOTS,
                          delta_slots);
@@ -529,7 +531,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) backward(const Sca
                     row_sums.at[first + from + member] = for_held(scan, sum, line_rate);
                 __syncwarp();
             }
-            if (pass + 1 == PASSES) {
+            if (pass + 1 == passes) {
                 __syncthreads();
                 store_sums(scan, place, first, count, shared);
                 if (STATES > STAGE) __syncthreads();

@@ -119,7 +119,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) forward(const Scan
     stage_scalars(scan, place, all_scalars);
     __syncthreads();
 
-    for (int pass = 0; pass < PASSES; pass++) {
+    const int passes = passes_of(place);
+    for (int pass = 0; pass < passes; pass++) {
         Tokens dt, input, y, decay;
         float span[ROWS], span_up[ROWS], whole[ROWS], end[ROWS], state[ROWS];
         bool is_there = rows.is_there[0];
@@ -131,7 +132,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) forward(const Scan
         take_tokens(scan.u + place.shared + rows.tokens, slots, 0, rows.left[0], place.reversed,
                     input[0]);
         begin_steps(scan, place, self, rows, slots + SLOTS, shared, pass, dt);
-        if (PREFETCH && pass + 1 < PASSES)
+        if (PREFETCH && pass + 1 < passes)
             fetch_inputs(scan, place, self, rows_after(scan, self, rows), slots, slots + SLOTS);
         finish_steps(scan, rows, scalars, dt);
         float skip = scalars[1], rate[ROWS] = {scalars[2]};
@@ -218,7 +219,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) backward(const Sca
     stage_scalars(scan, place, all_scalars);
     __syncthreads();
 
-    for (int pass = 0; pass < PASSES; pass++) {
+    const int passes = passes_of(place);
+    for (int pass = 0; pass < passes; pass++) {
         Tokens dt, input, dy, decay;
         float span[ROWS], whole[ROWS], end[ROWS], whole_back[ROWS], end_back[ROWS];
         float span_up[ROWS], span_down[ROWS];
@@ -242,7 +244,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) backward(const Sca
         spans_of(dt, span);
         begin_inputs(dt, input);
         Rows coming = rows_after(scan, self, rows);
-        if (PREFETCH && pass + 1 < PASSES) {
+        if (PREFETCH && pass + 1 < passes) {
             fetch_inputs(scan, place, self, coming, u_slots + (pass + 1) % 2 * SLOTS, delta_slots);
             fetch_gradients(scan, place, self, coming, grad_slots);
         }
