@@ -207,6 +207,12 @@ class TestEmulated:
         monkeypatch.setattr(scan, "_ENOUGH_BLOCKS", {"forward": 1, "backward": 1})
         assert_maps(of_maps.make_inputs(1, 70, states, rank, (9, 20)), 1e-5, "cross")
 
+    @pytest.mark.parametrize("hw", [(48, 50), (47, 49)], ids=["aligned", "not aligned"])
+    def test_dt_of_one_state_along_long_sequences(self, hw, monkeypatch):
+        """Tiles of rows and channels that are not full, tokens past the end, both walks."""
+        monkeypatch.setattr(scan, "_ENOUGH_BLOCKS", {"forward": 1, "backward": 1})
+        assert_maps(of_maps.make_inputs(1, 13, 1, 9, hw), 1e-5, "cross")
+
     def test_where_scalars_of_all_passes_have_no_room(self, monkeypatch):
         """As in the backward of the segmentation head, which needs the room for its copies."""
         monkeypatch.setattr(scan, "_ENOUGH_BLOCKS", {"forward": 1, "backward": 1})

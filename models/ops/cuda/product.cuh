@@ -1,18 +1,22 @@
-// dt of dt_low on tensor cores, for all channels of a block at once, before bias and softplus: of one
-// state a channel, where it is as much work as the scan itself.
+// dt of dt_low on tensor cores, before bias and softplus, for all channels of a block at once: where
+// a channel has one state, it is as much work as the scan.
 //
 // For each 64 tokens it is the product of dt_low and the weights of eight channels, a tile. A lane
-// has g = lane / 4 and t = lane % 4. It reads dt_low at rows t and t + 4 of eight, and two pieces of
-// four tokens: those of the first are row g of four products, those of the second row g + 8. So it
-// gets both pieces of dt of channels 2 t and 2 t + 1 of each tile.
+// has g = lane / 4 and t = lane % 4. It reads rows t and t + 4 of eight of dt_low, of each two
+// pieces of four tokens: those of the first are row g of four products, those of the second row
+// g + 8. So it gets both pieces of dt of channels 2 t and 2 t + 1 of each tile.
 #pragma once
 
 #include "tokens.cuh"
 
-#define HAS_TENSOR_CORES (!defined(CMFS_EMULATED) && __CUDA_ARCH__ >= 800)
+#if defined(CMFS_EMULATED) || __CUDA_ARCH__ < 800
+#define HAS_TENSOR_CORES 0
+#else
+#define HAS_TENSOR_CORES 1
+#endif
 
-// A number as a sum of two of TF32, which has 11 bits. Of a product of two such numbers what is left
-// out is 2^-21 of it, if one of them was rounded.
+// A number as a sum of two of TF32, which has 11 bits. What is left out of a product of two such
+// numbers is 2^-21 of it, if one of them was rounded.
 struct Factor { float high, low; };
 
 template <bool is_rounded>
@@ -26,9 +30,10 @@ __device__ inline Factor split(float x) {
 #endif
 }
 
-// The factors of one product, and the sums that it adds to: of the left one (16, 8) elements (g, t),
-// (g + 8, t), (g, t + 4) and (g + 8, t + 4), of the right one (8, 8) elements (t, g) and (t + 4, g),
-// of the sums (16, 8) elements (g, 2 t), (g, 2 t + 1), (g + 8, 2 t) and (g + 8, 2 t + 1).
+// The factors of a product, and the sums that it adds to. A lane has
+//     of the left one (16, 8)   elements (g, t), (g + 8, t), (g, t + 4) and (g + 8, t + 4),
+//     of the right one (8, 8)   elements (t, g) and (t + 4, g),
+//     of the sums (16, 8)       elements (g, 2 t), (g, 2 t + 1), (g + 8, 2 t), (g + 8, 2 t + 1).
 typedef Factor Left[4];
 typedef Factor Right[2];
 typedef float Sum[4];
@@ -73,8 +78,8 @@ typedef Sum Sums[TILES][4];
 // What a lane takes with it from group to group.
 struct Product {
     int g, t;
-    const MATRIX *low;                // the sequence's first row
-    int row[2 * RANK_TILES];          // where rows lie; past the last one that one
+    const MATRIX *low;                 // the sequence's first row
+    int row[2 * RANK_TILES];           // where rows lie; for those past the last, the last
     Right weights[TILES][RANK_TILES];  // 0 for rows and channels that are not there
 };
 
@@ -102,8 +107,8 @@ __device__ inline Product begin_product(const Scan &scan, const Place &place) {
 
 typedef float Low[4][4];
 
-// Of eight rows of dt_low the lane's tokens of a group, as they lie in memory. Past the end any will
-// do: dt becomes 0 there.
+// Of eight rows of dt_low the lane's tokens of a group, as they lie in memory. Past the end any
+// token will do: dt becomes 0 there.
 __device__ inline void load_low(const Scan &scan, const Place &place, const Product &own, int group,
                                 int eight, Low &low) {
     const int together = ALIGNED ? 4 : 1;
@@ -159,7 +164,7 @@ __device__ inline void store_group(const Place &place, const Product &own, int g
 
 #define AHEAD (BLOCKS <= 4)  // there are registers for rows of the group to come
 
-// dt of all passes, to shared memory. Rows to come are on their way meanwhile.
+// dt of all passes, to shared memory; the next eight rows are on their way meanwhile.
 __device__ inline void make_steps(const Scan &scan, const Place &place, float4 *tile) {
     static_assert(STEPS == 8, "a lane reads two pieces, which are those of a lane of the scan");
     Product own = begin_product(scan, place);

@@ -17,17 +17,17 @@
 // values in the same order in every run: deterministic. What the forward leaves is what the
 // backward starts from.
 //
-// Compiled for one of the kernels (BACKWARD: 0 or 1) with macros. Of a layer, whatever the image's
-// size: TOKENS and MATRIX (float, bf16 or half: type of u, delta, y; of B, C, dt_low), CHANNELS
-// (of a group), STATES, RANK (rows of dt_low, of which dt is made; 0: it is given) and REVERSIBLE (1:
-// there are two walks). How the work is cut: SEGMENT, STEPS, ROWS, TOKEN_WARPS and ROW_WARPS
-// (of a block), PASSES, BLOCKS (on a multiprocessor at least, which divide its registers), STAGE
-// (states of B and C, or half the rows of dt_low, in shared memory at a time), TOGETHER (passes for
-// which dt is made at once; of one state all), NEAR (1: with weights from shared memory),
-// SCALARS_AHEAD (1: those of all passes are brought at the beginning), ALIGNED (1: the length is a
-// multiple of four and so is each row's address) and PREFETCH (1: aligned, and the GPU copies to
-// shared memory by itself). Each source defines RATES, the states whose rates are in shared memory
-// at a time.
+// Compiled for one of the kernels (BACKWARD: 0 or 1) with macros. Constants of a layer, whatever
+// the size of the image: TOKENS and MATRIX (float, bf16 or half: type of u, delta, y; of B, C,
+// dt_low), CHANNELS (of a group), STATES, RANK (of dt_low, of which dt is made; 0: it is given)
+// and REVERSIBLE (1: there are two walks). How the work is cut: SEGMENT, STEPS, ROWS, TOKEN_WARPS
+// and ROW_WARPS (of a block), PASSES, BLOCKS (on a multiprocessor at least, which divide its
+// registers), STAGE (states of B and C, or half the rows of dt_low, in shared memory at a time),
+// TOGETHER (passes for which dt is made at once; of one state all), NEAR (1: with weights from
+// shared memory), SCALARS_AHEAD (1: those of all passes are brought at the beginning), ALIGNED (1:
+// the length is a multiple of four and so is each row's address) and PREFETCH (1: aligned, and the
+// GPU copies to shared memory by itself). Each source defines RATES, the states whose rates are in
+// shared memory at a time.
 #pragma once
 
 #include "device.cuh"
@@ -87,9 +87,7 @@ __device__ inline int place_of(int step, int length, bool reversed) {
 }
 
 // From the border after a chunk to that after the next.
-__device__ inline long long border_stride(const Scan &scan) {
-    return (long long)STATES * CHANNELS;
-}
+#define BORDER ((long long)STATES * CHANNELS)
 
 // Which warp of its block this is; the compiler sees that all lanes agree, and computes what
 // depends on it once a warp.
@@ -116,7 +114,7 @@ __device__ inline void take_place(const Scan &scan, bool backward, Place &place,
                        walk * scan.matrix_walk_stride;
         // borders are (batch, groups, chunks - 1, states, channels)
         place.border = ((batch * scan.groups + place.group) * (scan.chunks - 1) + place.chunk) *
-                       border_stride(scan);
+                       BORDER;
         place.sums = ((batch * scan.chunks + place.chunk) * TOKEN_WARPS * scan.groups +
                       place.group) *
                      CHANNELS * (STATES + 2);

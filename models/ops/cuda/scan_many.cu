@@ -14,12 +14,11 @@
 #include "steps.cuh"
 
 // Passes whose scalars are in shared memory at a time: all, or one and that to come.
-__device__ inline int scalar_passes(const Scan &scan) { return SCALARS_AHEAD ? PASSES : 2; }
+#define SCALAR_PASSES (SCALARS_AHEAD ? PASSES : 2)
 
 // Scalars of all channels of a warp, in shared memory.
-__device__ inline float *scalars_of_warp(const Scan &scan, float *scalars) {
-    int warp = (int)threadIdx.x / LANES;
-    return scalars + warp * scalar_passes(scan) * WARP_ROWS * ROW_SCALARS;
+__device__ inline float *scalars_of_warp(float *scalars) {
+    return scalars + (int)threadIdx.x / LANES * SCALAR_PASSES * WARP_ROWS * ROW_SCALARS;
 }
 
 // Those of a pass, and of a lane's first channel in it.
@@ -93,8 +92,8 @@ __device__ inline void fetch_weights(const Scan &scan, const Place &place, const
 // as many passes together as TOGETHER says. Shared memory delivers 128 bytes a clock: for each pass
 // alone 32 rows of dt_low would take it as long as B and C of 16 states. dt of later passes waits
 // in `later`. If NEAR, the weights of all passes of the warp are in shared memory, else in global.
-// On tensor cores (product.cuh) it is no faster here: half the instructions, but warps that wait for
-// one another before they begin.
+// On tensor cores (product.cuh) it is no faster here: half the instructions, but warps that wait
+// for one another before they begin.
 __device__ inline void begin_steps(const Scan &scan, const Place &place, const Self &self,
                                    const Rows &rows, const Four<TOKENS> *slots, float4 *tile,
                                    const float *weights, float4 *later, int pass, Tokens &dt) {
@@ -158,13 +157,11 @@ __device__ inline void begin_rates(const Scan &scan, float *scalars) {
 #define FORWARD_ROWS 2  // of a state
 #define BACKWARD_ROWS 4
 
-__device__ inline float4 *low_of(const Scan &scan, float4 *shared, int rows) {
+__device__ inline float4 *low_of(float4 *shared, int rows) {
     return shared + rows * TILE_ROW * min(STATES, STAGE);
 }
 
-__device__ inline float4 *after_low(float4 *low) {
-    return low + TILE_ROW * LOW_ROWS;
-}
+__device__ inline float4 *after_low(float4 *low) { return low + TILE_ROW * LOW_ROWS; }
 
 // B and C of states [first, first + count).
 __device__ inline void stage_matrices(const Scan &scan, const Place &place, int first, int count,
@@ -180,7 +177,7 @@ __device__ inline void stage_matrices(const Scan &scan, const Place &place, int 
 // [first, first + count) one each.
 __device__ inline const float *entry_of(const Scan &scan, const Place &place, const Self &self,
                                         const Rows &rows, int first, int count) {
-    return scan.borders + place.border - border_stride(scan) + rows.first +
+    return scan.borders + place.border - BORDER + rows.first +
            (long long)(first + min(self.lane, count - 1)) * CHANNELS;
 }
 
@@ -190,12 +187,12 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) forward(const Scan
     __shared__ Place place;
     Self self;
     take_place(scan, false, place, self);
-    float4 *low = low_of(scan, shared, FORWARD_ROWS);
+    float4 *low = low_of(shared, FORWARD_ROWS);
     Four<TOKENS> *slots = (Four<TOKENS> *)after_low(low);
     float4 *later = (float4 *)(slots + PREFETCH * (1 + !RANK) * SLOTS);
     float *scalars_of_block = (float *)(later + LATER);
-    float *all_scalars = scalars_of_warp(scan, scalars_of_block);
-    float *weights = scalars_of_block + scalar_passes(scan) * BLOCK_ROWS * ROW_SCALARS;
+    float *all_scalars = scalars_of_warp(scalars_of_block);
+    float *weights = scalars_of_block + SCALAR_PASSES * BLOCK_ROWS * ROW_SCALARS;
     weights += self.row_warp * PASSES * WARP_ROWS * WEIGHT_ROW;
     Rows rows = rows_of(scan, place, self, 0);
     fetch_inputs(scan, place, self, rows, slots, slots + SLOTS);
@@ -386,12 +383,12 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) backward(const Sca
     __shared__ int turns[STAGE];
     Self self;
     take_place(scan, true, place, self);
-    float4 *low = low_of(scan, shared, BACKWARD_ROWS);
+    float4 *low = low_of(shared, BACKWARD_ROWS);
     float *lines = (float *)after_low(low);
     // u twice: it is needed once more at the end of a pass
     Four<TOKENS> *u_slots = (Four<TOKENS> *)(lines + ROW_WARPS * LINES);
     Four<TOKENS> *grad_slots = u_slots + 2 * SLOTS, *delta_slots = grad_slots + SLOTS;
-    float *all_scalars = scalars_of_warp(scan, (float *)(u_slots + PREFETCH * (3 + !RANK) * SLOTS));
+    float *all_scalars = scalars_of_warp((float *)(u_slots + PREFETCH * (3 + !RANK) * SLOTS));
     lines += self.row_warp * LINES;
     Rows rows = rows_of(scan, place, self, 0);
     fetch_inputs(scan, place, self, rows, u_slots, delta_slots);
@@ -455,7 +452,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) backward(const Sca
                 bool has_line = member < group && is_there;
                 bool takes_over = is_back ? place.chunk + 1 < scan.chunks : place.chunk > 0;
                 const float *entry = (is_back ? scan.grad_borders
-                                              : scan.borders - border_stride(scan)) +
+                                              : scan.borders - BORDER) +
                                      place.border + at.first + second % ROWS +
                                      (long long)(first + from + own) * CHANNELS;
                 float4 *tile = shared + from * BACKWARD_ROWS * TILE_ROW + self.lane;
@@ -486,7 +483,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) backward(const Sca
                 float entering = __uint_as_float(border);
                 float last = fmaf(exp2_fast(line_rate * chunk_span[0]), entering, end);
                 if (is_back && has_line && place.chunk > 0)
-                    write_handed((void *)(entry - border_stride(scan)), __float_as_uint(last));
+                    write_handed((void *)(entry - BORDER), __float_as_uint(last));
                 follow_line<true>(line, decay, entering);
                 __syncwarp();
 

@@ -75,7 +75,8 @@ __device__ inline void add_others(const Others &others, float (&decay)[ROWS], fl
 #define STEP_ROWS 0
 #endif
 
-// Shared memory: dt if it is made here, a backward's sums for B and C, tokens on their way, scalars.
+// Shared memory: dt if it is made here, a backward's sums for B and C, tokens on their way, and
+// scalars.
 __device__ inline float4 *sums_of(float4 *shared) { return shared + TILE_ROW * STEP_ROWS; }
 
 __device__ inline Four<TOKENS> *slots_of(float4 *shared, int sums) {
