@@ -1,5 +1,5 @@
-// dt of dt_low on tensor cores, before bias and softplus, for all channels of a block at once: where
-// a channel has one state, it is as much work as the scan.
+// dt of dt_low on tensor cores, before bias and softplus, for all channels of a block at once: for
+// channels of one state it is as much work as the scan.
 //
 // For each 64 tokens it is the product of dt_low and the weights of eight channels, a tile. A lane
 // has g = lane / 4 and t = lane % 4. It reads rows t and t + 4 of eight of dt_low, of each two
