@@ -142,6 +142,7 @@ def _find_reason() -> str | None:
     return None
 
 
+@functools.cache
 def shared_bytes(device: torch.device) -> int:
     """Shared memory that a block can have, less what kernels declare for themselves."""
     properties = torch.cuda.get_device_properties(device)
@@ -149,6 +150,7 @@ def shared_bytes(device: torch.device) -> int:
     return getattr(properties, "shared_memory_per_block_optin", 65_536) - 1024
 
 
+@functools.cache
 def copies_to_shared(device: torch.device) -> bool:
     """Whether a GPU brings global memory to shared memory while its threads go on."""
     return torch.cuda.get_device_capability(device) >= (8, 0)
