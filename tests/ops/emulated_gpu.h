@@ -75,6 +75,26 @@ template <typename T> static T __shfl_xor_sync(unsigned, T value, int mask) {
     return exchange(value, (threadIdx.x % 32) ^ mask);
 }
 
+static float factors[32][2][32][6];  // what the lanes of a warp hold of both
+static void multiply_tf32(float (&sum)[4], float a, float b, float c, float d, float e, float f) {
+    const float own[6] = {a, b, c, d, e, f};
+    int warp = threadIdx.x / 32, lane = threadIdx.x % 32, turn = turns[threadIdx.x]++ % 2;
+    auto &held = factors[warp][turn];
+    for (int i = 0; i < 6; i++) {
+        uint32_t bits;
+        memcpy(&bits, own + i, 4);
+        bits &= 0xffffe000;
+        memcpy(&held[lane][i], &bits, 4);
+    }
+    warp_barriers[warp].wait(32);
+    for (int k = 0; k < 8; k++)
+        for (int i = 0; i < 4; i++) {
+            int column = lane % 4 * 2 + i % 2;
+            float left = held[lane / 4 * 4 + k % 4][i / 2 + k / 4 * 2];
+            sum[i] += left * held[column * 4 + k % 4][4 + k / 4];
+        }
+}
+
 static int __any_sync(unsigned, bool value) {
     int any = value;
     for (int mask = 1; mask < 32; mask *= 2) any |= __shfl_xor_sync(0u, any, mask);

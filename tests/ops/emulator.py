@@ -21,6 +21,7 @@ from models.ops.ss2d_scan import cuda as maps
 FOLDER = Path(library.__file__).parent
 SHARED_BYTES = 231_000  # of a block on a Hopper GPU
 schedule = {"seed": 0}  # of the order in which warps come; 0: as they are numbered
+gpu = {"architecture": 900}  # __CUDA_ARCH__ of kernels that are compiled
 
 _compiler = os.environ.get("CXX") or shutil.which("c++") or shutil.which("g++")
 needs_compiler = pytest.mark.skipif(not _compiler, reason="there is no C++ compiler here")
@@ -28,11 +29,12 @@ _folder = tempfile.TemporaryDirectory(prefix="cmfs_emulated_")  # until the test
 
 
 @functools.cache
-def _load(source: str, definitions: tuple[str, ...]) -> ctypes.CDLL:
+def _load(source: str, definitions: tuple[str, ...], architecture: int) -> ctypes.CDLL:
     target = Path(_folder.name) / f"{len(list(Path(_folder.name).iterdir()))}.so"
     header = Path(__file__).with_name("emulated_gpu.h")
     names = (Path(source).stem.upper(), f'SOURCE="{FOLDER / source}"')
     macros = [f"-D{macro}" for macro in (*definitions, *names)]
+    macros += [f"-D__CUDA_ARCH__={architecture}"]
     command = [_compiler, "-std=c++17", "-O1", "-w", "-x", "c++", "-shared", "-fPIC", *macros]
     subprocess.run([*command, str(header), "-o", str(target)], check=True)
     return ctypes.CDLL(str(target))
@@ -40,7 +42,7 @@ def _load(source: str, definitions: tuple[str, ...]) -> ctypes.CDLL:
 
 def _launch(source, definitions, name, blocks, threads, shared_bytes, arguments, like) -> None:
     assert not like.is_cuda
-    status = getattr(_load(source, definitions), f"launch_{name}")(
+    status = getattr(_load(source, definitions, gpu["architecture"]), f"launch_{name}")(
         blocks, threads, shared_bytes, schedule["seed"], ctypes.byref(arguments)
     )
     assert status != 1, f"{name} read from a chunk what it had not handed on"

@@ -43,6 +43,18 @@ __device__ inline void write_flag(int *flag, int value) {
     asm volatile("st.release.cta.shared.s32 [%0], %1;"
                  ::"r"((unsigned)__cvta_generic_to_shared(flag)), "r"(value) : "memory");
 }
+#if __CUDA_ARCH__ >= 800
+// sum += left · right by a warp: elements a to d of the left factor, e and f of the right one, spread
+// over the lanes as product.cuh says. Of both TF32's bits count.
+__device__ inline void multiply_tf32(float (&sum)[4], float a, float b, float c, float d, float e,
+                                     float f) {
+    asm("mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32"
+        " {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+        : "+f"(sum[0]), "+f"(sum[1]), "+f"(sum[2]), "+f"(sum[3])
+        : "r"(__float_as_uint(a)), "r"(__float_as_uint(b)), "r"(__float_as_uint(c)),
+          "r"(__float_as_uint(d)), "r"(__float_as_uint(e)), "r"(__float_as_uint(f)));
+}
+#endif
 #define WHILE_WAITING
 #endif
 

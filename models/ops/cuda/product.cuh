@@ -9,11 +9,7 @@
 
 #include "tokens.cuh"
 
-#if defined(CMFS_EMULATED) || __CUDA_ARCH__ < 800
-#define HAS_TENSOR_CORES 0
-#else
-#define HAS_TENSOR_CORES 1
-#endif
+#define HAS_TENSOR_CORES (__CUDA_ARCH__ >= 800)  // for TF32
 
 // A number as a sum of two of TF32, which has 11 bits. What is left out of a product of two such
 // numbers is 2^-21 of it, if one of them was rounded.
@@ -39,20 +35,11 @@ typedef Factor Right[2];
 typedef float Sum[4];
 
 #if HAS_TENSOR_CORES
-__device__ inline void multiply_parts(Sum &sum, float a, float b, float c, float d, float e,
-                                      float f) {
-    asm("mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32"
-        " {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
-        : "+f"(sum[0]), "+f"(sum[1]), "+f"(sum[2]), "+f"(sum[3])
-        : "r"(__float_as_uint(a)), "r"(__float_as_uint(b)), "r"(__float_as_uint(c)),
-          "r"(__float_as_uint(d)), "r"(__float_as_uint(e)), "r"(__float_as_uint(f)));
-}
-
 __device__ inline void multiply(Sum &sum, const Left &a, const Right &b) {
     if (sizeof(MATRIX) == 4)  // dt_low of half precision has no low part
-        multiply_parts(sum, a[0].low, a[1].low, a[2].low, a[3].low, b[0].high, b[1].high);
-    multiply_parts(sum, a[0].high, a[1].high, a[2].high, a[3].high, b[0].low, b[1].low);
-    multiply_parts(sum, a[0].high, a[1].high, a[2].high, a[3].high, b[0].high, b[1].high);
+        multiply_tf32(sum, a[0].low, a[1].low, a[2].low, a[3].low, b[0].high, b[1].high);
+    multiply_tf32(sum, a[0].high, a[1].high, a[2].high, a[3].high, b[0].low, b[1].low);
+    multiply_tf32(sum, a[0].high, a[1].high, a[2].high, a[3].high, b[0].high, b[1].high);
 }
 #else
 __device__ inline void multiply(Sum &sum, const Left &a, const Right &b) {
