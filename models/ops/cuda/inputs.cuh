@@ -47,7 +47,8 @@ __device__ inline void fetch_gradients(const Scan &scan, const Place &place, con
 // What belongs to a channel, in shared memory: bias, skip, and A (later the rate) of its states.
 #define ROW_SCALARS (2 + RATES)
 
-// dt from that; 0 past the end and in rows that are not there: these change nothing.
+// dt from what it is before bias and softplus; 0 past the end and in rows that are not there: these
+// change nothing.
 __device__ inline void finish_steps(const Scan &scan, const Rows &rows, const float *scalars,
                                     float (&dt)[ROWS][STEPS]) {
     EACH_ROW EACH_STEP dt[r][i] += scalars[r * ROW_SCALARS];
