@@ -9,6 +9,10 @@
 
 #include "tokens.cuh"
 
+#define MADE (RANK > 0 ? TOGETHER * BLOCK_ROWS : 0)  // channels
+
+#if RANK
+
 #define HAS_TENSOR_CORES (__CUDA_ARCH__ >= 800)  // for TF32
 
 // A number as a sum of two of TF32, which has 11 bits. What is left out of a product of two such
@@ -56,7 +60,6 @@ __device__ inline void multiply(Sum &sum, const Left &a, const Right &b) {
 }
 #endif
 
-#define MADE (TOGETHER * BLOCK_ROWS)  // channels
 #define TILES ((MADE + 7) / 8)
 #define RANK_TILES ((RANK + 7) / 8)
 #define GROUPS (CHUNK / 64 / (THREADS / LANES))  // of 64 tokens, of a warp one after the other
@@ -181,3 +184,5 @@ __device__ inline void read_steps(const Self &self, int pass, const float4 *tile
                   permuted(self.lane, channel),
               dt);
 }
+
+#endif

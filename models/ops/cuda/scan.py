@@ -150,10 +150,16 @@ def _has_too_many_passes(name: str, scan: Scan, layout: _Layout) -> bool:
     return not _has_room(scan, size, layout.blocks)
 
 
+def _cut(scan: Scan, layout: _Layout) -> tuple[int, int]:
+    """Chunks of a sequence, and blocks that share the channels of a chunk."""
+    _, _, channels, length = scan.sizes
+    blocks = math.ceil(channels / (layout.block_rows * layout.passes))
+    return math.ceil(length / layout.chunk), blocks
+
+
 def _count_blocks(scan: Scan, layout: _Layout) -> int:
-    groups, batch, channels, length = scan.sizes
-    of_channels = math.ceil(channels / (layout.block_rows * layout.passes))
-    return batch * groups * math.ceil(length / layout.chunk) * of_channels
+    groups, batch, *_ = scan.sizes
+    return groups * batch * math.prod(_cut(scan, layout))
 
 
 class _Plan(NamedTuple):
@@ -251,7 +257,8 @@ def _not_yet(count: int, like: Tensor) -> Tensor:
 
 def _arguments(scan: Scan, layout: _Layout, own: Tensor, borders: Tensor) -> _Arguments:
     """All that the forward and the backward share; `own` has the strides of y, or of gradients."""
-    groups, batch, channels, length = scan.sizes
+    groups, batch, _, length = scan.sizes
+    chunks, blocks = _cut(scan, layout)
     pointers = {
         name: 0 if x is None else x.data_ptr()
         for name, x in scan._asdict().items()
@@ -275,8 +282,8 @@ def _arguments(scan: Scan, layout: _Layout, own: Tensor, borders: Tensor) -> _Ar
         groups=groups,
         sources=len(scan.u),
         length=length,
-        chunks=math.ceil(length / layout.chunk),
-        blocks=math.ceil(channels / (layout.block_rows * layout.passes)),
+        chunks=chunks,
+        blocks=blocks,
         softplus=scan.softplus,
         has_logs=scan.has_logs,
     )
@@ -319,7 +326,8 @@ def _share_out(name: str, scan: Scan, layout: _Layout, *, can_copy: bool) -> tup
     size += prefetch * copied
     if layout.single:
         together = passes if scan.rank else 1
-        return _Room(together, 0, 1, int(prefetch)), size + passes * scalars
+        room = _Room(together, near=0, scalars_ahead=1, prefetch=int(prefetch))
+        return room, size + passes * scalars
 
     def has_room(size: int) -> bool:
         return _has_room(scan, size, layout.blocks)

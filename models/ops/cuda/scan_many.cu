@@ -92,8 +92,7 @@ __device__ inline void fetch_weights(const Scan &scan, const Place &place, const
 // as many passes together as TOGETHER says. Shared memory delivers 128 bytes a clock: for each pass
 // alone 32 rows of dt_low would take it as long as B and C of 16 states. dt of later passes waits
 // in `later`. If NEAR, the weights of all passes of the warp are in shared memory, else in global.
-// On tensor cores (product.cuh) it is no faster here: half the instructions, but warps that wait
-// for one another before they begin.
+// On tensor cores (product.cuh) it was no faster here (benchmarks/results/ops_cuda.md).
 __device__ inline void begin_steps(const Scan &scan, const Place &place, const Self &self,
                                    const Rows &rows, const Four<TOKENS> *slots, float4 *tile,
                                    const float *weights, float4 *later, int pass, Tokens &dt) {

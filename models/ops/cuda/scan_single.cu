@@ -5,10 +5,8 @@
 
 #define RATES 1
 
-#include "steps.cuh"
-#if RANK
 #include "product.cuh"
-#endif
+#include "steps.cuh"
 
 // Bring the scalars of all of the block's channels to shared memory. They are few, and the same for
 // all warps: copies by each warp, as of many states, are slower here.
@@ -69,15 +67,9 @@ __device__ inline void add_others(const Others &others, float (&decay)[ROWS], fl
     decay[0] *= others.decay;
 }
 
-#if RANK
-#define STEP_ROWS MADE
-#else
-#define STEP_ROWS 0
-#endif
-
 // Shared memory: dt if it is made here, a backward's sums for B and C, tokens on their way, and
 // scalars.
-__device__ inline float4 *sums_of(float4 *shared) { return shared + TILE_ROW * STEP_ROWS; }
+__device__ inline float4 *sums_of(float4 *shared) { return shared + TILE_ROW * MADE; }
 
 __device__ inline Four<TOKENS> *slots_of(float4 *shared, int sums) {
     return (Four<TOKENS> *)(sums_of(shared) + TILE_ROW * sums);
