@@ -229,7 +229,9 @@ LAUNCHER(forward, Scan)
 #endif
 #elif defined(TOKENS)
 LAUNCHER(permute, Reorders)
+LAUNCHER(permute_sums, Reorders)
 LAUNCHER(merge, Reorder<TOKENS>)
+LAUNCHER(merge_onto, Reorder<TOKENS>)
 #elif defined(SUM)
 LAUNCHER(sum, Sums)
 #else

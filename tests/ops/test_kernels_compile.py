@@ -19,6 +19,7 @@ from models.ops.mamba_path import kernels as paths  # noqa: E402
 from models.ops.resize import kernels as resizes  # noqa: E402
 from models.ops.selective_scan import kernels as rows  # noqa: E402
 from models.ops.ss2d_scan import kernels as maps  # noqa: E402
+from models.ops.ss2d_scan import products  # noqa: E402
 
 pytestmark = pytest.mark.skipif(
     os.environ.get("TRITON_INTERPRET") == "1"
@@ -30,17 +31,19 @@ pytestmark = pytest.mark.skipif(
 SIZES = {"length", "channels", "groups", "R", "N", "chunks", "blocks", "batches", "splits", "rows"}
 SIZES |= {"reversed_sets", "columns", "tiles", "rounds", "stride", "z_stride"}
 SIZES |= {"outer_stride", "middle_stride", "inner_stride", "middle", "inner"}
+SIZES |= {"weight_outer_stride", "weight_middle_stride", "weight_inner_stride"}
 SIZES |= {"height", "width", "strips", "x_stride", "grad_stride"}
 SIZES |= {"residual_stride", "planes", "new_width"}
 INDICES = {"pixels", "steps"}
 FLOAT32 = {"A", "ends", "spans", "states", "gradients", "grad_rows", "grad_matrices", "parts"}
-FLOAT32 |= {"mean", "rstd"}
+FLOAT32 |= {"mean", "rstd", "of_x", "of_weight"}
 SCALARS = {"eps", "row_scale", "column_scale"}
 TILE = {"ROWS": 2, "LANES": 32, "STEPS": 2}
 WARPS = {"ROWS": 8, "WARPS": 4}  # two rows in each warp
 ABSENT = {"ACTIVATION": None, "bias": None, "factor": None}
 MAPS = {"ROWS": 4, "PIXELS": 128}
-PRODUCT = {"ROWS": 64, "COLUMNS": 64, "TOKENS": 32}
+PRODUCT = {"ROWS": 64, "COLUMNS": 128, "TOKENS": 32}
+GRADIENTS = {"ROWS": 64, "COLUMNS": 16, "TOKENS": 64}
 LANES = {"KH": 3, "KW": 3, "PAIR": 4, "ROWS": 4, "LANES": 32}
 EPILOGUES = (epilogues._epilogue_kernel, epilogues._epilogue_gradient_kernel)
 CASES = [
@@ -53,8 +56,10 @@ CASES = [
     (maps._map_output_kernel, {"STREAM": True, **TILE}),
     (maps._map_output_kernel, {"STREAM": False, **TILE}),
     (maps._map_gradient_kernel, {**TILE, **WARPS}),
-    (maps._long_product_kernel, {"PRECISION": "ieee", **PRODUCT}),
-    (maps._long_product_kernel, {"PRECISION": "tf32", **PRODUCT}),
+    (products._long_product_kernel, {"PRECISION": "ieee", **PRODUCT}),
+    (products._long_product_kernel, {"PRECISION": "tf32", **PRODUCT}),
+    (products._linear_gradients_kernel, {"PRECISION": "ieee", **GRADIENTS}),
+    (products._linear_gradients_kernel, {"PRECISION": "tf32", **GRADIENTS}),
     (maps._to_orders_kernel, {"ROWS": 4, "TOKENS": 128}),
     (maps._from_orders_kernel, {"ROWS": 4, "TOKENS": 128}),
     (norms._norm_kernel, {"CHANNELS": 32, "PIXELS": 16}),

@@ -126,16 +126,42 @@ def test_interpreted_empty_batch():
     assert all((results[name] == 0).all() for name in inputs)
 
 
+SEQUENCES = pytest.mark.parametrize("sequences", [(), (2,), (2, 3), (2, 3, 2)], ids=str)
+
+
+def apart(*shape):
+    """Sequences of which every other one is left out in memory."""
+    *sequences, rows, length = shape
+    whole = torch.randn(*(2 * n for n in sequences), rows, length)
+    return whole[(slice(None, None, 2),) * len(sequences)]
+
+
 @interpreted
-@pytest.mark.parametrize("sequences", [(), (2,), (2, 3), (2, 3, 2)], ids=str)
+@SEQUENCES
 def test_interpreted_long_product(sequences):
     """Sequences of x may lie anywhere."""
-    from models.ops.ss2d_scan.triton import long_product
+    from models.ops.ss2d_scan.products import long_product
 
     gradient = torch.randn(*sequences, 3, 40)
-    x = torch.randn(*(2 * n for n in sequences), 5, 40)[(slice(None, None, 2),) * len(sequences)]
-    product = long_product(gradient, x[..., :2, :]).sum(0)
-    assert torch.allclose(product, gradient @ x[..., :2, :].mT, atol=1e-4)
+    x = apart(*sequences, 5, 40)[..., :2, :]
+    product = long_product(gradient, x).sum(0)
+    assert torch.allclose(product, gradient @ x.mT, atol=1e-4)
+
+
+@interpreted
+@SEQUENCES
+@pytest.mark.parametrize(("rows", "columns"), [(3, 2), (20, 18)], ids=["one tile", "tiles"])
+def test_interpreted_linear_gradients(sequences, rows, columns):
+    """Sequences of x and of the weight may lie anywhere; some share a weight."""
+    from models.ops.ss2d_scan.products import linear_gradients
+
+    gradient = torch.randn(*sequences, rows, 40)
+    x = apart(*sequences, columns + 1, 40)[..., :columns, :]
+    weight = apart(*sequences, rows, columns)
+    weight = weight[:1].expand_as(weight) if sequences else weight
+    of_x, of_weight = linear_gradients(gradient, x, weight)
+    assert torch.allclose(of_x.sum(0), weight.mT @ gradient, atol=1e-4)
+    assert torch.allclose(of_weight.sum(0), gradient @ x.mT, atol=1e-4)
 
 
 @interpreted

@@ -62,15 +62,26 @@ __device__ inline Way way_of(int top, int left, int height, int width) {
     return way;
 }
 
-// The pixels of a row, summed over the parts of the input; `row` is where it begins in the first.
-template <typename T>
+#define ASKED 4  // parts of the input that are on their way at a time
+
+// The pixels of a row; with `sums` summed over the parts of the input. `row` is where it begins in
+// the first part.
+template <bool sums, typename T>
 __device__ inline void read_row(const Reorder<T> &task, const T *row, const Way &way,
                                 float (&pixel)[SHARE]) {
     EACH_SHARE pixel[k] = k < way.count ? to_float(row[hidden(way.at[k])]) : 0.0f;
 #pragma unroll 1
-    for (int part = 1; part < task.parts; part++) {
-        row += task.in_part_stride;
-        EACH_SHARE if (k < way.count) pixel[k] += to_float(row[way.at[k]]);
+    for (int first = 1; sums && first < task.parts; first += ASKED) {
+        float more[ASKED][SHARE];
+#pragma unroll
+        for (int part = 0; part < ASKED; part++) {
+            row += task.in_part_stride;
+            EACH_SHARE more[part][k] = k < way.count && first + part < task.parts
+                                           ? to_float(row[way.at[k]])
+                                           : 0.0f;
+        }
+#pragma unroll
+        for (int part = 0; part < ASKED; part++) EACH_SHARE pixel[k] += more[part][k];
     }
 }
 
@@ -93,7 +104,7 @@ __device__ inline Corner corner_of(const Reorder<T> &task, const Spot &spot) {
 typedef float Tile[SIDE][SIDE + 1];
 
 // Rows [0, rows) of `in` turned round: a tile at a time, the next row's on its way meanwhile.
-template <typename T>
+template <bool sums, typename T>
 __device__ inline void turn_rows(const Reorder<T> &task, const Spot &spot, const T *in, T *out,
                                  int rows, Tile (&tile)[2]) {
     Corner corner = corner_of(task, spot);
@@ -102,18 +113,18 @@ __device__ inline void turn_rows(const Reorder<T> &task, const Spot &spot, const
     Way from = way_of(corner.left, corner.top, task.width, task.height);
     Way to = way_of(corner.top, corner.left, task.height, task.width);
     float coming[SHARE], pixel[SHARE];
-    read_row(task, in, from, coming);
+    read_row<sums>(task, in, from, coming);
     for (int row = 0; row < rows; row++, in += length, out += length) {
         EACH_SHARE tile[row % 2][stripe + k * STRIPE][across] = coming[k];
         __syncthreads();
-        if (row + 1 < rows) read_row(task, in + length, from, coming);
+        if (row + 1 < rows) read_row<sums>(task, in + length, from, coming);
         EACH_SHARE pixel[k] = tile[row % 2][across][stripe + k * STRIPE];
         write_row(out, to, pixel);
     }
 }
 
 // Rows [0, rows) of `in` in the order of a table, or as they are.
-template <typename T>
+template <bool sums, typename T>
 __device__ inline void look_up_rows(const Reorder<T> &task, const Spot &spot, const T *in, T *out,
                                     int rows) {
     int length = task.height * task.width;
@@ -126,17 +137,17 @@ __device__ inline void look_up_rows(const Reorder<T> &task, const Spot &spot, co
             from.at[k] = task.table[spot.source * length + to.at[k]];
     }
     float coming[SHARE], pixel[SHARE];
-    read_row(task, in, from, coming);
+    read_row<sums>(task, in, from, coming);
     for (int row = 0; row < rows; row++, in += length, out += length) {
         EACH_SHARE pixel[k] = coming[k];
-        if (row + 1 < rows) read_row(task, in + length, from, coming);
+        if (row + 1 < rows) read_row<sums>(task, in + length, from, coming);
         write_row(out, to, pixel);
     }
 }
 
-// out[source, batch, walk, row] = in[source, batch, walk, row], permuted and summed over its parts.
+// out[source, batch, walk, row] = in[source, batch, walk, row], permuted; summed over its parts.
 // A block takes the same tile of several rows.
-template <typename T>
+template <bool sums, typename T>
 __device__ inline void permute_rows(const Reorder<T> &task, int block, Tile (&tile)[2]) {
     Spot spot = spot_of(task, block);
     long long start = (long long)spot.row * task.height * task.width;
@@ -146,9 +157,9 @@ __device__ inline void permute_rows(const Reorder<T> &task, int block, Tile (&ti
              spot.batch * task.out_batch_stride + spot.walk * task.out_walk_stride + start;
     int rows = min(task.depth, task.rows - spot.row);
     if (task.table == nullptr && spot.source > 0)
-        turn_rows(task, spot, in, out, rows, tile);
+        turn_rows<sums>(task, spot, in, out, rows, tile);
     else
-        look_up_rows(task, spot, in, out, rows);
+        look_up_rows<sums>(task, spot, in, out, rows);
 }
 
 struct Reorders {
@@ -156,18 +167,29 @@ struct Reorders {
     Reorder<OTHERS> other;  // without blocks if there is none
 };
 
-extern "C" __global__ void __launch_bounds__(THREADS, 8) permute(const Reorders tasks) {
+template <bool sums>
+__device__ inline void permute_either(const Reorders &tasks) {
     __shared__ Tile tile[2];
     wait_for_kernel_before();
     int block = blockIdx.x;
     if (block < tasks.one.blocks)
-        permute_rows(tasks.one, block, tile);
+        permute_rows<sums>(tasks.one, block, tile);
     else
-        permute_rows(tasks.other, block - tasks.one.blocks, tile);
+        permute_rows<sums>(tasks.other, block - tasks.one.blocks, tile);
 }
 
-// out[batch, row, pixel] = the sum over both sources and both their walks of what they hold for it.
-extern "C" __global__ void __launch_bounds__(THREADS) merge(const Reorder<TOKENS> task) {
+extern "C" __global__ void __launch_bounds__(THREADS, 8) permute(const Reorders tasks) {
+    permute_either<false>(tasks);
+}
+
+extern "C" __global__ void __launch_bounds__(THREADS, 4) permute_sums(const Reorders tasks) {
+    permute_either<true>(tasks);
+}
+
+// out[batch, row, pixel] = the sum over both sources and both their walks of what they hold for it;
+// with `adds` it is added to what is there.
+template <bool adds>
+__device__ inline void merge_rows(const Reorder<TOKENS> &task) {
     __shared__ Tile tile;
     wait_for_kernel_before();
     Spot spot = spot_of(task, blockIdx.x);
@@ -191,6 +213,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) merge(const Reorder<TOKENS
                 sum[k] = to_float(in[start + one[k]]) + to_float(back[start + one[k]]);
                 sum[k] += to_float(second[start + other[k]]) +
                           to_float(second_back[start + other[k]]);
+                if (adds) sum[k] += to_float(out[start + min(pixel[k], length - 1)]);
             }
             EACH_SHARE if (pixel[k] < length) from_float(sum[k], out[start + pixel[k]]);
         }
@@ -206,6 +229,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) merge(const Reorder<TOKENS
         row = min(corner.top + stripe + k * STRIPE, task.height - 1);
         at = row * task.width + min(corner.left + across, task.width - 1);
         sum[k] = to_float(in[at]) + to_float(back[at]);
+        if (adds) sum[k] += to_float(out[at]);
     }
     __syncthreads();
     EACH_SHARE {
@@ -214,4 +238,12 @@ extern "C" __global__ void __launch_bounds__(THREADS) merge(const Reorder<TOKENS
             from_float(sum[k] + tile[across][stripe + k * STRIPE],
                        out[row * task.width + corner.left + across]);
     }
+}
+
+extern "C" __global__ void __launch_bounds__(THREADS) merge(const Reorder<TOKENS> task) {
+    merge_rows<false>(task);
+}
+
+extern "C" __global__ void __launch_bounds__(THREADS) merge_onto(const Reorder<TOKENS> task) {
+    merge_rows<true>(task);
 }

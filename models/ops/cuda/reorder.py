@@ -15,7 +15,7 @@ from models.ops.cuda import library
 _SIDE = 32  # of a tile of pixels
 _THREADS = 256
 _DEEPEST = 8  # rows of a block
-_ENOUGH_BLOCKS = 2112  # sixteen for each multiprocessor of a large GPU
+_ENOUGH_BLOCKS = 528  # four for each multiprocessor of a large GPU
 
 
 class _Arguments(ctypes.Structure):
@@ -56,7 +56,7 @@ def to_orders(
     orders (2, L) in windows; None: the whole map.
     """
     tasks = [_task(x[None], out, hw[::-1], table, first_source) for x, out in moves]
-    _permute(tasks, [out for _, out in moves])
+    _permute("permute", tasks, [out for _, out in moves])
 
 
 def from_orders(moves: Sequence[Move], hw: tuple[int, int], table: Tensor | None) -> None:
@@ -66,11 +66,16 @@ def from_orders(moves: Sequence[Move], hw: tuple[int, int], table: Tensor | None
     of both orders, or None.
     """
     tasks = [_task(x, out, hw, table, 0) for x, out in moves]
-    _permute(tasks, [out for _, out in moves])
+    _permute("permute_sums", tasks, [out for _, out in moves])
 
 
-def merge_orders(x: Tensor, out: Tensor, hw: tuple[int, int], table: Tensor | None) -> None:
-    """Fill maps out (batch, C, L) with sums over x (2, batch, 2 walks, C, L), in both orders."""
+def merge_orders(
+    x: Tensor, out: Tensor, hw: tuple[int, int], table: Tensor | None, *, adds: bool = False
+) -> None:
+    """Fill maps out (batch, C, L) with sums over x (2, batch, 2 walks, C, L), in both orders.
+
+    adds: to what is in `out`.
+    """
     _, batch, _, rows, _ = x.shape
     task = _Arguments(
         in_=x.data_ptr(),
@@ -83,7 +88,8 @@ def merge_orders(x: Tensor, out: Tensor, hw: tuple[int, int], table: Tensor | No
     # a whole map's tiles are merged one by one
     _cut(task, (1, batch, 1, rows), hw, table, deepest=1 if table is None else _DEEPEST)
     if task.blocks:
-        library.launch("reorder.cu", _types(out), "merge", task.blocks, _THREADS, 0, task, out)
+        name = "merge_onto" if adds else "merge"
+        library.launch("reorder.cu", _types(out), name, task.blocks, _THREADS, 0, task, out)
 
 
 def _task(
@@ -128,11 +134,11 @@ def _cut(
         task.blocks = tiles // task.rows * math.ceil(task.rows / task.depth)
 
 
-def _permute(tasks: Sequence[_Arguments], outs: Sequence[Tensor]) -> None:
+def _permute(name: str, tasks: Sequence[_Arguments], outs: Sequence[Tensor]) -> None:
     blocks = sum(task.blocks for task in tasks)
     if blocks:
         library.launch(
-            "reorder.cu", _types(*outs), "permute", blocks, _THREADS, 0, _Pair(*tasks), outs[0]
+            "reorder.cu", _types(*outs), name, blocks, _THREADS, 0, _Pair(*tasks), outs[0]
         )
 
 

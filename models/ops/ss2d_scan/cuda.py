@@ -133,20 +133,21 @@ def _backward(
         _by_order(grad_dt),
     )
     grad_x = torch.empty_like(x)
-    merge_orders(_by_order(grad_directions), grad_x.flatten(2), hw, steps)
-    del grad_directions
-    to_low = weight.mT.to(grad_dt.dtype).contiguous()  # or the product takes three times as long
-    grad_low = torch.matmul(to_low, grad_dt).float()
-    low = projections[:, :, :, :rank].permute(1, 2, 0, 3, 4)  # (B, 2 walks, 2 orders, R, L)
-    of_weight = _products(grad_dt.unflatten(1, (2, 2)), low)
+    of_low, of_weight = _linear_gradients(
+        grad_dt.unflatten(1, (2, 2)),  # (B, 2 walks, 2 orders, D, L)
+        projections[:, :, :, :rank].permute(1, 2, 0, 3, 4),
+        weight.unflatten(0, (2, 2)).expand(batch, -1, -1, -1, -1),
+    )
+    del grad_dt
     on_map = weight.new_empty(batch, 4, to_projected.shape[1], tokens.shape[2])  # of projections
     grad_by_order = _by_order(on_map)
-    move = Move(_by_order(grad_low)[None], grad_by_order[:, :, :, :rank])
+    move = Move(of_low.permute(0, 3, 1, 2, 4, 5), grad_by_order[:, :, :, :rank])
     from_orders([move, Move(parts.flatten(4, 5), grad_by_order[:, :, :, rank:])], hw, steps)
     on_map = on_map.flatten(1, 2).to(x.dtype)
     back = to_projected.flatten(0, 1).T.expand(batch, -1, -1)
-    grad_x.flatten(2).baddbmm_(back.to(x.dtype), on_map)
-    of_projection = _products(on_map, tokens)
+    torch.bmm(back.to(x.dtype), on_map, out=grad_x.flatten(2))
+    merge_orders(_by_order(grad_directions), grad_x.flatten(2), hw, steps, adds=True)
+    of_projection = _long_product(on_map, tokens)
     # over parts of the tokens, and images
     of_weight, of_projection, rows = sum_first(
         of_weight.flatten(0, 1), of_projection.flatten(0, 1), rows
@@ -254,13 +255,20 @@ def _as_scan(
     )
 
 
-def _products(gradient: Tensor, x: Tensor) -> Tensor:
-    """gradient (..., rows, L) · xᵀ (..., columns, L) in float32, (parts, ..., rows, columns).
-
-    To be summed over parts of the tokens.
-    """
+def _linear_gradients(gradient: Tensor, x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    """As linear_gradients of products.py."""
     if gradient.is_cuda and has_triton():
-        from models.ops.ss2d_scan.triton import long_product
+        from models.ops.ss2d_scan.products import linear_gradients
+
+        return linear_gradients(gradient, x, weight)
+    of_x = torch.matmul(weight.mT, gradient.float())
+    return of_x[None], torch.matmul(gradient.float(), x.float().mT)[None]
+
+
+def _long_product(gradient: Tensor, x: Tensor) -> Tensor:
+    """As long_product of products.py."""
+    if gradient.is_cuda and has_triton():
+        from models.ops.ss2d_scan.products import long_product
 
         return long_product(gradient, x)
     return torch.matmul(gradient.float(), x.float().mT)[None]

@@ -7,7 +7,6 @@ Saved for the backward are the two orders, their projections, and one state per 
 Deterministic: no atomics.
 """
 
-import math
 from typing import NamedTuple
 
 import torch
@@ -18,23 +17,14 @@ from models.ops.layout import contiguous
 from models.ops.selective_scan.triton import _carry, _Shape
 from models.ops.ss2d_scan.kernels import (
     _from_orders_kernel,
-    _long_product_kernel,
     _map_ends_kernel,
     _map_gradient_kernel,
     _map_output_kernel,
     _to_orders_kernel,
 )
 from models.ops.ss2d_scan.orders import scan_orders
+from models.ops.ss2d_scan.products import linear_gradients, long_product
 from models.ops.triton_support import INTERPRETED, check_tensor, on_device
-
-
-class _Product(NamedTuple):
-    """How a product that sums over tokens is cut: rows, columns and tokens at a time."""
-
-    rows: int
-    columns: int
-    tokens: int
-    programs: int  # cut the tokens into parts until there are so many
 
 
 class _Tuning(NamedTuple):
@@ -46,7 +36,6 @@ class _Tuning(NamedTuple):
     stream_programs: int  # walk along the rows if there are this many programs at least
     gradient_programs: int  # share the channels among programs until there are so many
     reorder: tuple[int, int]  # channels and tokens of a program
-    product: _Product
 
 
 _GPU = _Tuning(
@@ -56,7 +45,6 @@ _GPU = _Tuning(
     stream_programs=1536,
     gradient_programs=2112,
     reorder=(4, 1024),
-    product=_Product(64, 64, 32, 1056),
 )
 # The interpreter runs the same code on a CPU for tests: small tiles, all paths.
 _INTERPRETER = _Tuning(
@@ -66,7 +54,6 @@ _INTERPRETER = _Tuning(
     stream_programs=6,
     gradient_programs=4,
     reorder=(2, 16),
-    product=_Product(16, 16, 16, 8),
 )
 _tuning = _INTERPRETER if INTERPRETED else _GPU
 
@@ -209,48 +196,6 @@ def _(gradient, x):
     return x.new_empty(2, gradient.shape[2], x.shape[2])
 
 
-def long_product(gradient: Tensor, x: Tensor) -> Tensor:
-    """gradient · xᵀ (parts, ..., rows, columns) in float32, to be summed over parts of the tokens.
-
-    gradient (..., rows, L), contiguous; x (..., columns, L), whose rows lie one after the other and
-    whose other dimensions, at most three, have any strides.
-    """
-    *sequences, rows, length = gradient.shape
-    columns = x.shape[-2]
-    _, middle, inner = (1, 1, 1, *sequences)[-3:]
-    strides = (0, 0, 0, *x.stride()[:-2])[-3:]
-    shape = _tuning.product
-    tiles, column_tiles = triton.cdiv(rows, shape.rows), triton.cdiv(columns, shape.columns)
-    token_tiles = triton.cdiv(length, shape.tokens)
-    count = math.prod(sequences)
-    wanted = triton.cdiv(shape.programs, max(1, tiles * column_tiles * count))
-    rounds = max(1, triton.cdiv(token_tiles, wanted))
-    splits = triton.cdiv(token_tiles, rounds)
-    parts = gradient.new_empty((splits, *sequences, rows, columns), dtype=torch.float32)
-    if parts.numel():
-        is_float = gradient.dtype == torch.float32  # half precision has no more bits than TF32
-        exact = is_float and torch.get_float32_matmul_precision() == "highest"
-        with on_device(gradient):
-            _long_product_kernel[(tiles * column_tiles, splits, count)](
-                gradient,
-                x,
-                parts,
-                length,
-                rows,
-                columns,
-                *strides,
-                middle,
-                inner,
-                column_tiles,
-                rounds,
-                shape.rows,
-                shape.columns,
-                shape.tokens,
-                PRECISION="ieee" if exact else "tf32",
-            )
-    return parts
-
-
 def _setup_project(ctx, inputs, output) -> None:
     ctx.save_for_backward(*inputs)
 
@@ -359,19 +304,17 @@ def _backward(
                 **shape.options(),
             )
     grad_projected = torch.empty_like(projected)
-    # (2 orders, 1, 2 walks, R, D) from (4 directions, D, R)
-    to_low = weight.unflatten(0, (2, 2)).permute(1, 0, 3, 2)[:, None].to(grad_dt.dtype)
-    grad_projected[:, :, :, :rank] = torch.matmul(to_low, grad_dt)
+    # (2 orders, batch, 2 walks, D, R) from (4 directions, D, R)
+    by_order = weight.unflatten(0, (2, 2)).transpose(0, 1)[:, None]
+    by_order = by_order.expand(-1, sizes.batch, -1, -1, -1)
+    of_low, of_weight = linear_gradients(grad_dt, projected[:, :, :, :rank], by_order)
+    grad_projected[:, :, :, :rank] = of_low.sum(0)
     grad_projected[:, :, :, rank:] = grad_matrices.sum(0)
     of_A, of_D, of_bias = grad_rows.sum((1, 2)).split([states_count, 1, 1], dim=2)
-    # (parts, 2 orders, batch, 2 walks, D, R) to (4 directions, D, R)
-    of_weight = (
-        long_product(grad_dt, projected[..., :rank, :]).sum((0, 2)).transpose(0, 1).flatten(0, 1)
-    )
     return (
         grad_x,
         grad_projected,
-        of_weight,
+        of_weight.sum((0, 2)).transpose(0, 1).flatten(0, 1),
         of_bias.flatten(1).contiguous(),
         of_A.contiguous(),
         of_D.flatten(1).contiguous(),
