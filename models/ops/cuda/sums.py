@@ -11,6 +11,7 @@ from models.ops.cuda import library
 _THREADS = 256
 _MOST = 3  # arrays of a launch
 _TERMS = 8  # of a thread, as many as it asks for at a time; threads share what is more
+_MOST_BLOCKS = 1056  # that share so: eight for each multiprocessor of a large GPU
 
 
 class _Sum(ctypes.Structure):
@@ -18,7 +19,7 @@ class _Sum(ctypes.Structure):
 
     _fields_ = [
         ("in_", ctypes.c_void_p), ("out", ctypes.c_void_p), ("count", ctypes.c_longlong),
-        *((name, ctypes.c_int) for name in ("terms", "slices", "blocks")),
+        *((name, ctypes.c_int) for name in ("terms", "slices", "blocks", "width")),
     ]  # fmt: skip
 
 
@@ -42,8 +43,13 @@ def sum_first(*tensors: Tensor) -> list[Tensor]:
 
 def _task(x: Tensor, out: Tensor) -> _Sum:
     terms, count = x.shape[0], out.numel()
+    is_aligned = count % 4 == x.data_ptr() % 16 == out.data_ptr() % 16 == 0
+    width = 4 if is_aligned and count >= 4 * _THREADS * _MOST_BLOCKS // 8 else 1
+
+    def blocks(slices: int) -> int:
+        return math.ceil(count // width * slices / _THREADS)
+
     slices = 1
-    while slices < 32 and slices * _TERMS < terms:
+    while slices < 32 and slices * _TERMS < terms and blocks(2 * slices) <= _MOST_BLOCKS:
         slices *= 2
-    blocks = math.ceil(count * slices / _THREADS)
-    return _Sum(x.data_ptr(), out.data_ptr(), count, terms, slices, blocks)
+    return _Sum(x.data_ptr(), out.data_ptr(), count, terms, slices, blocks(slices), width)
