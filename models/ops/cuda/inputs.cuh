@@ -3,26 +3,39 @@
 
 #include "tokens.cuh"
 
+#define STAGED (32 / STEPS)  // rows of a lane that are on their way at a time
+
 // Bring rows [0, count) of each of the matrices to a tile: row 0 of all, then row 1, `spacing` rows
-// of the tile apart. Two of a thread's rows are on their way at a time.
+// of the tile apart.
 template <int matrices>
 __device__ inline void stage(const MATRIX *const (&from)[matrices], int count, float4 *tile,
                              int spacing, const Scan &scan, const Place &place) {
     const int parts = CHUNK / STEPS;
-#pragma unroll 2
-    for (int task = threadIdx.x; task < matrices * count * parts; task += THREADS) {
-        int row = task / parts / matrices, kind = task / parts % matrices, part = task % parts;
-        const MATRIX *matrix = from[0];
+    int tasks = matrices * count * parts, direction = REVERSIBLE ? place.direction : 1;
+    for (int first = threadIdx.x; first < tasks; first += STAGED * THREADS) {
+        Pieces<MATRIX> pieces[STAGED];
 #pragma unroll
-        for (int k = 1; k < matrices; k++)
-            if (k == kind) matrix = from[k];
-        int at = place.chunk * CHUNK + part * STEPS;
-        float value[STEPS];
-        matrix += (long long)row * scan.length + place_of(at, scan.length, place.reversed);
-        load_tokens(matrix, scan.length - at, place.reversed, value);
-        write_tile(tile + (row * spacing + kind) * TILE_ROW + part / SEGMENT * WARP_ROW +
-                       part % SEGMENT,
-                   value);
+        for (int i = 0; i < STAGED; i++) {
+            int task = first + i * THREADS, row = task / parts / matrices;
+            int kind = task / parts % matrices, at = place.chunk * CHUNK + task % parts * STEPS;
+            const MATRIX *matrix = from[0];
+#pragma unroll
+            for (int k = 1; k < matrices; k++)
+                if (k == kind) matrix = from[k];
+            matrix += (long long)row * scan.length + place_of(at, place);
+            load_pieces(matrix, task < tasks ? scan.length - at : 0, direction, pieces[i]);
+        }
+#pragma unroll
+        for (int i = 0; i < STAGED; i++) {
+            int task = first + i * THREADS, row = task / parts / matrices;
+            int kind = task / parts % matrices, part = task % parts;
+            float value[STEPS];
+            unpack(pieces[i], place.reversed, value);
+            if (task < tasks)
+                write_tile(tile + (row * spacing + kind) * TILE_ROW + part / SEGMENT * WARP_ROW +
+                               part % SEGMENT,
+                           value);
+        }
     }
 }
 

@@ -102,14 +102,12 @@ typedef float Low[4][4];
 __device__ inline void load_low(const Scan &scan, const Place &place, const Product &own, int group,
                                 int eight, Low &low) {
     const int together = ALIGNED ? 4 : 1;
-    int last = scan.length - together;
-    int turn = -(REVERSIBLE && place.reversed), offset = turn & (last + 1);
 #pragma unroll
     for (int i = 0; i < 4; i++)
 #pragma unroll
         for (int j = 0; j < 4; j += together) {
             int step = place.chunk * CHUNK + group * 64 + own.g * STEPS + i % 2 * 4 + j;
-            int at = (min(step, last) ^ turn) + offset;  // no branch: last - step, or step
+            int at = place_of(min(step, scan.length - together), place);
             const MATRIX *from = own.low + own.row[2 * eight + i / 2] + at;
 #if ALIGNED
             Four<MATRIX> piece = *(const Four<MATRIX> *)from;

@@ -34,6 +34,8 @@
 
 #define SEGMENTS (LANES / SEGMENT)  // of a warp; their lanes alternate
 #define WARP_ROWS (ROWS * SEGMENTS)
+#define BLOCK_ROWS (ROW_WARPS * WARP_ROWS)  // in one pass
+#define CHANNEL_BLOCKS ((CHANNELS + PASSES * BLOCK_ROWS - 1) / (PASSES * BLOCK_ROWS))
 #define THREADS (TOKEN_WARPS * ROW_WARPS * LANES)
 #define CHUNK (TOKEN_WARPS * SEGMENT * STEPS)
 #define PIECES (STEPS / 4)  // of four tokens, that a lane reads and writes at once
@@ -60,7 +62,7 @@ struct Scan {
     long long matrix_source_stride, matrix_batch_stride, matrix_walk_stride;
     long long part_stride, part_kind_stride;
     long long part_source_stride, part_batch_stride, part_walk_stride;
-    int batch, groups, sources, length, chunks, blocks;
+    int batch, groups, sources, length, chunks;
     int softplus, has_logs;  // has_logs: of A
     int zero;                // what the compiler does not know
 };
@@ -68,7 +70,8 @@ struct Scan {
 // Of a block, in shared memory: registers are scarce.
 struct Place {
     int group, source, batch, chunk, block;
-    int reversed;
+    int reversed;           // the group is walked from the last token to the first
+    int origin, direction;  // of steps in a row: place_of
     long long shared, grad, own, matrix;  // offsets of a group's first channel, and of its B
     long long border;  // of what the first state of the first channel hands on
     long long sums;    // of the first channel's sums over tokens
@@ -82,8 +85,9 @@ struct Self {
 };
 
 // Where a step of a row lies; of a reversed one, if it is aligned, where the four from it on begin.
-__device__ inline int place_of(int step, int length, bool reversed) {
-    return REVERSIBLE && reversed ? length - (ALIGNED ? 4 : 1) - step : step;
+// Not asked by a branch: a load behind one would wait for those before it.
+__device__ inline int place_of(int step, const Place &place) {
+    return REVERSIBLE ? place.origin + place.direction * step : step;
 }
 
 // From the border after a chunk to that after the next.
@@ -97,15 +101,17 @@ __device__ inline int warp_of_block() { return __shfl_sync(ALL, (int)threadIdx.x
 __device__ inline void take_place(const Scan &scan, bool backward, Place &place, Self &self) {
     wait_for_kernel_before();
     if (threadIdx.x == 0) {
-        int rest = atomicAdd(scan.ticket, 1) + 1;  // it begins as NOT_YET, -1
-        place.block = rest % scan.blocks, rest /= scan.blocks;
-        place.group = rest % scan.groups, rest /= scan.groups;
-        place.batch = rest % scan.batch, rest /= scan.batch;
+        unsigned rest = atomicAdd(scan.ticket, 1) + 1;  // it begins as NOT_YET, -1
+        place.block = rest % CHANNEL_BLOCKS, rest /= CHANNEL_BLOCKS;
+        place.group = rest % (unsigned)scan.groups, rest /= (unsigned)scan.groups;
+        place.batch = rest % (unsigned)scan.batch, rest /= (unsigned)scan.batch;
         place.chunk = backward ? scan.chunks - 1 - rest : rest;
         int walk = place.group / scan.sources;
         long long source = place.group % scan.sources, batch = place.batch;
         place.source = source;
         place.reversed = walk > 0;
+        place.origin = walk > 0 ? scan.length - (ALIGNED ? 4 : 1) : 0;
+        place.direction = walk > 0 ? -1 : 1;
         place.shared = source * scan.source_stride + batch * scan.batch_stride;
         place.grad = source * scan.grad_source_stride + batch * scan.batch_stride;
         place.own = source * scan.own_source_stride + batch * scan.own_batch_stride +
@@ -124,7 +130,7 @@ __device__ inline void take_place(const Scan &scan, bool backward, Place &place,
     self.lane = threadIdx.x % LANES / SEGMENTS;
     self.token_warp = warp % TOKEN_WARPS, self.row_warp = ROW_WARPS == 1 ? 0 : warp / TOKEN_WARPS;
     self.at = place.chunk * CHUNK + (self.token_warp * SEGMENT + self.lane) * STEPS;
-    self.from = place_of(self.at, scan.length, place.reversed);
+    self.from = place_of(self.at, place);
 }
 
 // The channels of a lane in one pass.
@@ -134,8 +140,6 @@ struct Rows {
     int left[ROWS];    // steps from the lane's first on; none in a channel that is not there
     long long tokens;  // where the first channel's lie, from the group's first channel on
 };
-
-#define BLOCK_ROWS (ROW_WARPS * WARP_ROWS)  // in one pass
 
 // How many passes have channels at all; the last block's may be fewer.
 __device__ inline int passes_of(const Place &place) {

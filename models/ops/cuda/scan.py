@@ -74,8 +74,7 @@ class _Arguments(ctypes.Structure):
             "part_source_stride", "part_batch_stride", "part_walk_stride",
         )),
         *((name, ctypes.c_int) for name in (
-            "batch", "groups", "sources", "length", "chunks", "blocks",
-            "softplus", "has_logs", "zero",
+            "batch", "groups", "sources", "length", "chunks", "softplus", "has_logs", "zero",
         )),
     ]  # fmt: skip
 
@@ -133,14 +132,33 @@ def _layout(name: str, scan: Scan) -> _Layout:
         if name == "forward":
             layout = _Layout(0, 16, 16, 1, 1, 8, 2, passes)
         else:
-            layout = _Layout(0, 32, 8, 2, 1, _plan(scan).row_warps, 1, passes)
+            warps = _plan(scan).row_warps
+            layout = _Layout(0, 32, 8, 2, 1, warps, 1, passes)
+            # two blocks of half the warps: one begins while the other is at work, and the last
+            # ones leave less of the GPU idle
+            halves = layout._replace(row_warps=warps // 2, blocks=2, passes=2 * passes)
+            halves = _with_enough_blocks(name, scan, halves)
+            if passes > 1 and _has_room_for_copies(name, scan, halves):
+                return halves
+    return _with_enough_blocks(name, scan, layout)
+
+
+def _with_enough_blocks(name: str, scan: Scan, layout: _Layout) -> _Layout:
     while layout.passes > 1 and _has_too_many_passes(name, scan, layout):
         layout = layout._replace(passes=layout.passes // 2)
     return layout
 
 
+def _has_room_for_copies(name: str, scan: Scan, layout: _Layout) -> bool:
+    """Whether a multiprocessor's blocks have it, or none is needed: the GPU does not copy."""
+    can_copy = library.copies_to_shared(scan.A.device)
+    room, size = _share_out(name, scan, layout, can_copy=can_copy)
+    return room.prefetch == can_copy and _has_room(scan, size, layout.blocks)
+
+
 def _has_too_many_passes(name: str, scan: Scan, layout: _Layout) -> bool:
-    if _count_blocks(scan, layout) < _ENOUGH_BLOCKS[name]:
+    enough = _ENOUGH_BLOCKS["forward" if layout.blocks == 2 else name]
+    if _count_blocks(scan, layout) < enough:
         return True
     if not (layout.single and scan.rank):
         return False
@@ -222,8 +240,9 @@ def scan_backward(
     grad_borders = _not_yet(borders.numel(), scan.A)
     layout = _layout("backward", scan)
     arguments = _arguments(scan, layout, grad_u, borders)
-    parts = scan.A.new_empty(arguments.blocks, *by_walk, 2, states, length)
-    spans = batch * arguments.chunks * layout.token_warps
+    chunks, blocks = _cut(scan, layout)
+    parts = scan.A.new_empty(blocks, *by_walk, 2, states, length)
+    spans = batch * chunks * layout.token_warps
     rows = scan.A.new_empty(spans, groups, channels, states + 2)
     arguments.grad_y = grad_y[0].data_ptr()
     arguments.grad_source_stride = _distance(grad_y)
@@ -258,7 +277,7 @@ def _not_yet(count: int, like: Tensor) -> Tensor:
 def _arguments(scan: Scan, layout: _Layout, own: Tensor, borders: Tensor) -> _Arguments:
     """All that the forward and the backward share; `own` has the strides of y, or of gradients."""
     groups, batch, _, length = scan.sizes
-    chunks, blocks = _cut(scan, layout)
+    chunks, _ = _cut(scan, layout)
     pointers = {
         name: 0 if x is None else x.data_ptr()
         for name, x in scan._asdict().items()
@@ -283,7 +302,6 @@ def _arguments(scan: Scan, layout: _Layout, own: Tensor, borders: Tensor) -> _Ar
         sources=len(scan.u),
         length=length,
         chunks=chunks,
-        blocks=blocks,
         softplus=scan.softplus,
         has_logs=scan.has_logs,
     )
@@ -322,7 +340,8 @@ def _share_out(name: str, scan: Scan, layout: _Layout, *, can_copy: bool) -> tup
     weights = 4 * passes * layout.block_rows * (scan.rank | 1)
 
     size = 4 * (layout.chunk * tile_rows + lines)
-    prefetch = can_copy and _has_room(scan, size + copied + min(passes, 2) * scalars, 1)
+    blocks = 1 if layout.single else layout.blocks
+    prefetch = can_copy and _has_room(scan, size + copied + min(passes, 2) * scalars, blocks)
     size += prefetch * copied
     if layout.single:
         together = passes if scan.rank else 1

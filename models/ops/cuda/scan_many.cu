@@ -290,7 +290,7 @@ __device__ inline void store_sums(const Scan &scan, const Place &place, int firs
         int at = place.chunk * CHUNK + lane * STEPS;
         store_tokens(parts + kind * scan.part_kind_stride +
                          (long long)(first + row / 2) * scan.length +
-                         place_of(at, scan.length, place.reversed),
+                         place_of(at, place),
                      scan.length - at, place.reversed, value);
     }
 }
@@ -407,14 +407,17 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) backward(const Sca
         if (PREFETCH) wait_for_copies();
         __syncwarp();  // lanes fetched scalars for one another
         float *scalars = scalars_of(all_scalars, pass);
+        Pieces<TOKENS> u_pieces[ROWS], dy_pieces[ROWS];  // on their way while dt is made
         EACH_ROW {
             long long at = tokens_of(scan, rows, r);
-            take_tokens(scan.u + place.shared + at, slots, r, rows.left[r], place.reversed,
-                        input[r]);
-            take_tokens(scan.grad_y + place.grad + at, grad_slots, r, rows.left[r],
-                        place.reversed, dy[r]);
+            take_pieces(scan.u + place.shared + at, slots, r, rows.left[r], place.reversed,
+                        u_pieces[r]);
+            take_pieces(scan.grad_y + place.grad + at, grad_slots, r, rows.left[r],
+                        place.reversed, dy_pieces[r]);
         }
         begin_steps(scan, place, self, rows, delta_slots, low, nullptr, nullptr, pass, dt);
+        EACH_ROW unpack(u_pieces[r], place.reversed, input[r]);
+        EACH_ROW unpack(dy_pieces[r], place.reversed, dy[r]);
         finish_steps(scan, rows, scalars, dt);
         spans_of(dt, span);
         begin_inputs(dt, input);

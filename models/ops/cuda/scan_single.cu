@@ -8,18 +8,37 @@
 #include "product.cuh"
 #include "steps.cuh"
 
-// Bring the scalars of all of the block's channels to shared memory. They are few, and the same for
-// all warps: copies by each warp, as of many states, are slower here.
-__device__ inline void stage_scalars(const Scan &scan, const Place &place, float *scalars) {
-    int rows = PASSES * BLOCK_ROWS;
-    for (int row = threadIdx.x; row < rows; row += THREADS) {
-        int in_group = place.block * rows + row;
-        bool is_there = in_group < CHANNELS;
-        long long channel = (long long)place.group * CHANNELS + in_group;
-        float *own = scalars + row * ROW_SCALARS;
-        own[0] = is_there && scan.bias != nullptr ? scan.bias[channel] : 0.0f;
-        own[1] = is_there && scan.D != nullptr ? scan.D[channel] : 0.0f;
-        own[2] = is_there ? rate_of(scan, scan.A[channel]) : 0.0f;
+// What a block needs beside the tokens: of a lane its steps of B and C, and of each of the block's
+// channels, of which a thread has one at most, its scalars. All is asked for before the first of it
+// is used: each answer takes as long as a pass.
+struct Asked {
+    Pieces<MATRIX> b, c;
+    float bias, skip, A;
+};
+
+__device__ inline Asked ask(const Scan &scan, const Place &place, const Self &self) {
+    static_assert(PASSES * BLOCK_ROWS <= THREADS, "a channel for a thread");
+    Asked asked;
+    int left = scan.length - self.at, direction = REVERSIBLE ? place.direction : 1;
+    load_pieces(scan.B + place.matrix + self.from, left, direction, asked.b);
+    load_pieces(scan.C + place.matrix + self.from, left, direction, asked.c);
+    int row = place.block * PASSES * BLOCK_ROWS + (int)threadIdx.x;
+    bool is_there = (int)threadIdx.x < PASSES * BLOCK_ROWS && row < CHANNELS;
+    long long channel = (long long)place.group * CHANNELS + row;
+    asked.bias = is_there && scan.bias != nullptr ? scan.bias[channel] : 0.0f;
+    asked.skip = is_there && scan.D != nullptr ? scan.D[channel] : 0.0f;
+    asked.A = is_there ? scan.A[channel] : 0.0f;
+    return asked;
+}
+
+// What was asked for; the scalars go to shared memory.
+__device__ inline void take_asked(const Scan &scan, const Place &place, const Asked &asked,
+                                  float *scalars, float (&b)[STEPS], float (&c)[STEPS]) {
+    unpack(asked.b, place.reversed, b);
+    unpack(asked.c, place.reversed, c);
+    if (threadIdx.x < PASSES * BLOCK_ROWS) {
+        float *own = scalars + threadIdx.x * ROW_SCALARS;
+        own[0] = asked.bias, own[1] = asked.skip, own[2] = rate_of(scan, asked.A);
     }
 }
 
@@ -102,14 +121,12 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) forward(const Scan
     Rows rows = rows_of(scan, place, self, 0);
     long long way_out = place.border + rows.first;
     fetch_inputs(scan, place, self, rows, slots, slots + SLOTS);
+    Asked asked = ask(scan, place, self);
 #if RANK
     make_steps(scan, place, shared);
 #endif
-    int left = scan.length - self.at;
     float b[STEPS], c[STEPS];
-    load_tokens(scan.B + place.matrix + self.from, left, place.reversed, b);
-    load_tokens(scan.C + place.matrix + self.from, left, place.reversed, c);
-    stage_scalars(scan, place, all_scalars);
+    take_asked(scan, place, asked, all_scalars, b, c);
     __syncthreads();
 
     const int passes = passes_of(place);
@@ -202,14 +219,12 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) backward(const Sca
     long long own = place.border + rows.first;  // the border after the chunk
     fetch_inputs(scan, place, self, rows, u_slots, delta_slots);
     fetch_gradients(scan, place, self, rows, grad_slots);
+    Asked asked = ask(scan, place, self);
 #if RANK
     make_steps(scan, place, shared);
 #endif
-    int left = scan.length - self.at;
     float b[STEPS], c[STEPS], for_b[STEPS] = {}, for_c[STEPS] = {};
-    load_tokens(scan.B + place.matrix + self.from, left, place.reversed, b);
-    load_tokens(scan.C + place.matrix + self.from, left, place.reversed, c);
-    stage_scalars(scan, place, all_scalars);
+    take_asked(scan, place, asked, all_scalars, b, c);
     __syncthreads();
 
     const int passes = passes_of(place);

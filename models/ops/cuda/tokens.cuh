@@ -22,15 +22,37 @@ __device__ inline void to_floats(const Four<bf16> &four, float (&out)[4]) {
     }
 }
 
+// A lane's steps of a row as they were read: fours of an aligned row that is walked in reverse lie
+// as in memory.
 template <typename T>
-__device__ inline void unpack(const Four<T> (&pieces)[PIECES], bool reversed, float (&out)[STEPS]) {
+using Pieces = Four<T>[PIECES];
+
+template <typename T>
+__device__ inline void unpack(const Pieces<T> &pieces, bool reversed, float (&out)[STEPS]) {
 #pragma unroll
     for (int k = 0; k < PIECES; k++) {
         float four[4];
         to_floats(pieces[k], four);
 #pragma unroll
         for (int i = 0; i < 4; i++)
-            out[4 * k + i] = REVERSIBLE && reversed ? four[3 - i] : four[i];
+            out[4 * k + i] = ALIGNED && REVERSIBLE && reversed ? four[3 - i] : four[i];
+    }
+}
+
+// A lane's steps of a row, of which `left` are there; past them 0. direction: that of the steps, 1
+// or -1. No branch between the loads.
+template <typename T>
+__device__ inline void load_pieces(const T *first, int left, int direction, Pieces<T> &pieces) {
+#pragma unroll
+    for (int k = 0; k < PIECES; k++) {
+        pieces[k] = {};
+#if ALIGNED
+        if (4 * k < left) pieces[k] = *(const Four<T> *)(first + 4 * k * direction);
+#else
+#pragma unroll
+        for (int i = 0; i < 4; i++)
+            if (4 * k + i < left) pieces[k].value[i] = first[(4 * k + i) * direction];
+#endif
     }
 }
 
@@ -38,20 +60,6 @@ __device__ inline void unpack(const Four<T> (&pieces)[PIECES], bool reversed, fl
 template <typename T>
 __device__ inline T *after(T *first, int steps, bool reversed) {
     return REVERSIBLE && reversed ? first - steps : first + steps;
-}
-
-// A lane's steps of a row, of which `left` are there; past them 0. No branch between the loads.
-template <typename T>
-__device__ inline void load_tokens(const T *first, int left, bool reversed, float (&out)[STEPS]) {
-#if ALIGNED
-    Four<T> pieces[PIECES] = {};
-#pragma unroll
-    for (int k = 0; k < PIECES; k++)
-        if (4 * k < left) pieces[k] = *(const Four<T> *)after(first, 4 * k, reversed);
-    unpack(pieces, reversed, out);
-#else
-    EACH_STEP out[i] = i < left ? to_float(*after(first, i, reversed)) : 0.0f;
-#endif
 }
 
 template <typename T>
@@ -83,17 +91,22 @@ __device__ inline void fetch_tokens(const TOKENS *first, Four<TOKENS> *slots, in
 #endif
 }
 
-__device__ inline void take_tokens(const TOKENS *first, const Four<TOKENS> *slots, int r, int left,
-                                   bool reversed, float (&out)[STEPS]) {
+__device__ inline void take_pieces(const TOKENS *first, const Four<TOKENS> *slots, int r, int left,
+                                   bool reversed, Pieces<TOKENS> &pieces) {
 #if PREFETCH
-    Four<TOKENS> pieces[PIECES];
 #pragma unroll
     for (int k = 0; k < PIECES; k++)
         pieces[k] = slots[(PIECES * r + k) * THREADS + threadIdx.x];
-    unpack(pieces, reversed, out);
 #else
-    load_tokens(first, left, reversed, out);
+    load_pieces(first, left, REVERSIBLE && reversed ? -1 : 1, pieces);
 #endif
+}
+
+__device__ inline void take_tokens(const TOKENS *first, const Four<TOKENS> *slots, int r, int left,
+                                   bool reversed, float (&out)[STEPS]) {
+    Pieces<TOKENS> pieces;
+    take_pieces(first, slots, r, left, reversed, pieces);
+    unpack(pieces, reversed, out);
 }
 
 // Rows of a chunk in shared memory: for each warp the first pieces of all lanes, then the second
