@@ -93,6 +93,12 @@ def assert_maps(inputs, tolerance, order, truth="reference"):
     assert all(error < tolerance for error in found), found
 
 
+def take_few_blocks(monkeypatch, enough=1):
+    """Blocks take further passes while there are so many blocks."""
+    for name in ("_ENOUGH_BLOCKS", "_ENOUGH_SMALL_BLOCKS"):
+        monkeypatch.setattr(scan, name, {"forward": enough, "backward": enough})
+
+
 @needs_compiler
 @pytest.mark.usefixtures("emulated")
 class TestEmulated:
@@ -168,7 +174,7 @@ class TestEmulated:
             assert_rows(moved, 1e-5)
 
     @pytest.mark.parametrize("available", [64_000, 100_000])
-    @pytest.mark.parametrize("states", [1, 20])
+    @pytest.mark.parametrize("states", [1, 8, 20])
     def test_little_shared_memory_and_no_copies(self, states, available, monkeypatch):
         monkeypatch.setattr(library, "shared_bytes", lambda device: available)
         assert_rows(of_rows.make_inputs(1, 20, states, 600, 1), 1e-5)
@@ -176,12 +182,21 @@ class TestEmulated:
         monkeypatch.setattr(library, "copies_to_shared", lambda device: False)
         assert_rows(of_rows.make_inputs(1, 20, states, 600, 1), 1e-5)
 
+    @pytest.mark.parametrize(("states", "warps"), [(2, {4, 6}), (8, {4, 6}), (9, {8, 12})], ids=str)
+    def test_blocks_of_few_states_are_small(self, states, warps, monkeypatch):
+        asked = []
+        monkeypatch.setattr(library, "launch", lambda *arguments: asked.append(arguments[1]))
+        of_rows.run(rows.selective_scan_cuda, of_rows.make_inputs(1, 2, states, 300, 1))
+        chosen = {macro for definitions in asked for macro in definitions}
+        chosen = {int(macro[10:]) for macro in chosen if macro.startswith("ROW_WARPS=")}
+        assert chosen == warps
+
     @pytest.mark.parametrize("kilobytes", [64, 99, 163, 227])  # of a block: Turing to Hopper
     @pytest.mark.parametrize("rank", [1, 12, 13, 40])
     @pytest.mark.parametrize("states", [1, 3, 16, 64])
     @pytest.mark.parametrize("enough", [1, 1000], ids=["many passes", "one pass"])
     def test_fits_into_shared_memory(self, states, rank, kilobytes, enough, monkeypatch):
-        monkeypatch.setattr(scan, "_ENOUGH_BLOCKS", {"forward": enough, "backward": enough})
+        take_few_blocks(monkeypatch, enough)
         available = (kilobytes - 1) * 1024
         monkeypatch.setattr(library, "shared_bytes", lambda device: available)
         asked = []
@@ -199,26 +214,26 @@ class TestEmulated:
 
     @pytest.mark.parametrize("states", [1, 2])
     def test_blocks_take_further_rows(self, states, monkeypatch):
-        monkeypatch.setattr(scan, "_ENOUGH_BLOCKS", {"forward": 1, "backward": 1})
+        take_few_blocks(monkeypatch)
         assert_rows(of_rows.make_inputs(1, 150, states, 600, 1), 1e-5)
         assert_maps(of_maps.make_inputs(1, 150, states, 2, (12, 25)), 1e-5, "window")
 
     @pytest.mark.parametrize(("states", "rank"), [(1, 3), (1, 14), (3, 5), (2, 35)])
     def test_dt_of_several_passes_is_made_at_once(self, states, rank, monkeypatch):
-        monkeypatch.setattr(scan, "_ENOUGH_BLOCKS", {"forward": 1, "backward": 1})
+        take_few_blocks(monkeypatch)
         assert_maps(of_maps.make_inputs(1, 70, states, rank, (9, 20)), 1e-5, "cross")
 
     @pytest.mark.parametrize("architecture", [750, 900])
     @pytest.mark.parametrize("hw", [(48, 50), (47, 49)], ids=["aligned", "not aligned"])
     def test_dt_of_one_state_with_and_without_tensor_cores(self, hw, architecture, monkeypatch):
         """Tiles of rows and channels that are not full, tokens past the end, both walks."""
-        monkeypatch.setattr(scan, "_ENOUGH_BLOCKS", {"forward": 1, "backward": 1})
+        take_few_blocks(monkeypatch)
         monkeypatch.setitem(gpu, "architecture", architecture)
         assert_maps(of_maps.make_inputs(1, 13, 1, 9, hw), 2e-6, "cross")
 
     def test_where_scalars_of_all_passes_have_no_room(self, monkeypatch):
         """As in the backward of the segmentation head, which needs the room for its copies."""
-        monkeypatch.setattr(scan, "_ENOUGH_BLOCKS", {"forward": 1, "backward": 1})
+        take_few_blocks(monkeypatch)
         launch, seen = library.launch, set()
         monkeypatch.setattr(
             library, "launch", lambda *arguments: (seen.update(arguments[1]), launch(*arguments))
@@ -235,7 +250,7 @@ class TestEmulated:
         assert torch.equal(*sum_first(arrays[0], arrays[0]))
 
     def test_blocks_take_further_rows_of_many_states(self, monkeypatch):
-        monkeypatch.setattr(scan, "_ENOUGH_BLOCKS", {"forward": 1, "backward": 1})
+        take_few_blocks(monkeypatch)
         assert_rows(of_rows.make_inputs(1, 60, 11, 300, 1), 1e-5)
 
     @pytest.mark.parametrize("order", ["cross", "window"])

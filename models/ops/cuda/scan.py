@@ -17,6 +17,8 @@ from models.ops.cuda import library
 # Blocks take new channels in further passes while there are as many: for each multiprocessor of a
 # large GPU some eleven in a forward and four, which leave fewer sums to add, in a backward.
 _ENOUGH_BLOCKS = {"forward": 1500, "backward": 528}
+_ENOUGH_SMALL_BLOCKS = {"forward": 3000, "backward": 1500}
+_FEW_STATES = 8  # of many: small blocks, each of which reads B and C for half as many channels
 _BESIDE = 1280  # bytes of shared memory that a block takes beside what it asks for, at most
 _SMALL_RANK = 12  # of dt_low: it takes little shared memory, and little time
 
@@ -122,42 +124,38 @@ def _token_warps(length: int, states: int) -> int:
 
 def _layout(name: str, scan: Scan) -> _Layout:
     """What was fastest; a forward and its backward have the same chunks."""
+    enough = _ENOUGH_BLOCKS[name]
     if scan.states == 1:
         token_warps = _token_warps(scan.sizes[-1], 1)
         blocks, passes = (6, 8) if name == "forward" else (4, 16)
         layout = _Layout(1, 32, 8, 1, token_warps, 4 // token_warps, blocks, passes)
+        return _with_enough_blocks(name, scan, layout, enough)
+    is_one_stage = scan.states <= _plan(scan).stage
+    passes = 4 if is_one_stage else 1  # a backward's sums over channels hold one stage
+    if name == "forward":
+        layout = _Layout(0, 16, 16, 1, 1, 8, 2, passes)
     else:
-        # the sums over channels, of a backward, hold one stage of states
-        passes = 4 if scan.states <= _plan(scan).stage else 1
-        if name == "forward":
-            layout = _Layout(0, 16, 16, 1, 1, 8, 2, passes)
-        else:
-            warps = _plan(scan).row_warps
-            layout = _Layout(0, 32, 8, 2, 1, warps, 1, passes)
-            # two blocks of half the warps: one begins while the other is at work, and the last
-            # ones leave less of the GPU idle
-            halves = layout._replace(row_warps=warps // 2, blocks=2, passes=2 * passes)
-            halves = _with_enough_blocks(name, scan, halves)
-            if passes > 1 and _has_room_for_copies(name, scan, halves):
-                return halves
-    return _with_enough_blocks(name, scan, layout)
+        layout = _Layout(0, 32, 8, 2, 1, _plan(scan).row_warps, 1, passes)
+    if is_one_stage and scan.states <= _FEW_STATES:
+        # while one begins or ends, the others of its multiprocessor are at work
+        small = layout._replace(
+            row_warps=layout.row_warps // 2, blocks=2 * layout.blocks, passes=2 * passes
+        )
+        small = _with_enough_blocks(name, scan, small, _ENOUGH_SMALL_BLOCKS[name])
+        can_copy = library.copies_to_shared(scan.A.device)
+        room, size = _share_out(name, scan, small, can_copy=can_copy)
+        if room.prefetch == can_copy and _has_room(scan, size, small.blocks):
+            return small
+    return _with_enough_blocks(name, scan, layout, enough)
 
 
-def _with_enough_blocks(name: str, scan: Scan, layout: _Layout) -> _Layout:
-    while layout.passes > 1 and _has_too_many_passes(name, scan, layout):
+def _with_enough_blocks(name: str, scan: Scan, layout: _Layout, enough: int) -> _Layout:
+    while layout.passes > 1 and _has_too_many_passes(name, scan, layout, enough):
         layout = layout._replace(passes=layout.passes // 2)
     return layout
 
 
-def _has_room_for_copies(name: str, scan: Scan, layout: _Layout) -> bool:
-    """Whether a multiprocessor's blocks have it, or none is needed: the GPU does not copy."""
-    can_copy = library.copies_to_shared(scan.A.device)
-    room, size = _share_out(name, scan, layout, can_copy=can_copy)
-    return room.prefetch == can_copy and _has_room(scan, size, layout.blocks)
-
-
-def _has_too_many_passes(name: str, scan: Scan, layout: _Layout) -> bool:
-    enough = _ENOUGH_BLOCKS["forward" if layout.blocks == 2 else name]
+def _has_too_many_passes(name: str, scan: Scan, layout: _Layout, enough: int) -> bool:
     if _count_blocks(scan, layout) < enough:
         return True
     if not (layout.single and scan.rank):
