@@ -14,8 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from models.ops.cuda import library, reorder, scan
-from models.ops.cuda.sums import sum_first
+from models.ops.cuda import library, reorder, scan, sums
 from models.ops.selective_scan import cuda as rows
 from models.ops.selective_scan import dispatch, selective_scan
 from models.ops.selective_scan.chunked import selective_scan_chunked
@@ -59,6 +58,7 @@ MAPS = [
     (1, 6, 1, 2, (50, 45)),
     (1, 20, 3, 40, (20, 20)),
     (1, 4, 18, 2, (9, 35)),
+    (1, 30, 1, 2, (9, 20)),  # many blocks, whose sums are added up
 ]
 
 
@@ -181,6 +181,8 @@ class TestEmulated:
         assert_maps(of_maps.make_inputs(1, 5, states, 20, (15, 20)), 1e-5, "cross")
         monkeypatch.setattr(library, "copies_to_shared", lambda device: False)
         assert_rows(of_rows.make_inputs(1, 20, states, 600, 1), 1e-5)
+        take_few_blocks(monkeypatch)
+        assert_rows(of_rows.make_inputs(1, 20, states, 300, 1), 1e-5)
 
     @pytest.mark.parametrize(("states", "warps"), [(2, {4, 6}), (8, {4, 6}), (9, {8, 12})], ids=str)
     def test_blocks_of_few_states_are_small(self, states, warps, monkeypatch):
@@ -243,11 +245,15 @@ class TestEmulated:
         assert "PREFETCH=0" not in seen
 
     @pytest.mark.parametrize("terms", [1, 2, 9, 70, 300])
-    def test_sums(self, terms):
-        arrays = [torch.randn(terms, 3, 111), torch.randn(7, 1000)]
-        for given, goal in zip(sum_first(*arrays), arrays, strict=True):
+    @pytest.mark.parametrize("many", [0, 10_000], ids=["four a thread", "one a thread"])
+    @pytest.mark.parametrize("most_blocks", [2, 1000])
+    def test_sums(self, terms, many, most_blocks, monkeypatch):
+        monkeypatch.setattr(sums, "_MANY", many)
+        monkeypatch.setattr(sums, "_MOST_BLOCKS", most_blocks)
+        arrays = [torch.randn(terms, 3, 111), torch.randn(terms, 4, 111), torch.randn(7, 1000)]
+        for given, goal in zip(sums.sum_first(*arrays), arrays, strict=True):
             assert torch.allclose(given, goal.sum(0), atol=1e-4)
-        assert torch.equal(*sum_first(arrays[0], arrays[0]))
+        assert torch.equal(*sums.sum_first(arrays[0], arrays[0]))
 
     def test_blocks_take_further_rows_of_many_states(self, monkeypatch):
         take_few_blocks(monkeypatch)

@@ -14,7 +14,7 @@ from models.ops.cuda import library
 
 _SIDE = 32  # of a tile of pixels
 _THREADS = 256
-_DEEPEST = 8  # rows of a block
+_DEEPEST = 4  # rows of a block
 _ENOUGH_BLOCKS = 528  # four for each multiprocessor of a large GPU
 
 

@@ -12,6 +12,7 @@ _THREADS = 256
 _MOST = 3  # arrays of a launch
 _TERMS = 8  # of a thread, as many as it asks for at a time; threads share what is more
 _MOST_BLOCKS = 1056  # that share so: eight for each multiprocessor of a large GPU
+_MANY = 132 * 4 * _THREADS  # outputs: a thread adds four side by side
 
 
 class _Sum(ctypes.Structure):
@@ -44,7 +45,7 @@ def sum_first(*tensors: Tensor) -> list[Tensor]:
 def _task(x: Tensor, out: Tensor) -> _Sum:
     terms, count = x.shape[0], out.numel()
     is_aligned = count % 4 == x.data_ptr() % 16 == out.data_ptr() % 16 == 0
-    width = 4 if is_aligned and count >= 4 * _THREADS * _MOST_BLOCKS // 8 else 1
+    width = 4 if is_aligned and count >= _MANY else 1
 
     def blocks(slices: int) -> int:
         return math.ceil(count // width * slices / _THREADS)

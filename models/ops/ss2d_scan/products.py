@@ -215,7 +215,7 @@ def linear_gradients(gradient: Tensor, x: Tensor, weight: Tensor) -> tuple[Tenso
     splits, rounds = shape.split(length, tiles * column_tiles * count)
     of_x = gradient.new_empty((tiles, *sequences, columns, length), dtype=torch.float32)
     of_weight = gradient.new_empty((splits, *sequences, rows, columns), dtype=torch.float32)
-    if gradient.numel():
+    if of_weight.numel():
         with on_device(gradient):
             _linear_gradients_kernel[(tiles * column_tiles, splits, count)](
                 gradient,
