@@ -121,6 +121,7 @@ def _linear_gradients_kernel(
     )
     is_inside = (row < rows)[None, :] & (column < columns)[:, None]
     w = tl.load(weight + row[None, :] * columns + column[:, None], mask=is_inside, other=0.0)
+    w = w.to(tl.float32)
     out = (tile * tl.num_programs(2) + sequence) * columns + column
     of_x += out[:, None].to(tl.int64) * length
     total = tl.zeros([ROWS, COLUMNS], tl.float32)
@@ -145,12 +146,24 @@ class _Shape(NamedTuple):
     tokens: int
     programs: int  # cut the tokens into parts until there are so many
 
-    def split(self, length: int, programs: int) -> tuple[int, int]:
-        """Parts of the tokens, each of so many rounds, where each part takes `programs`."""
-        rounds_of_all = triton.cdiv(length, self.tokens)
-        wanted = triton.cdiv(self.programs, max(1, programs))
-        rounds = max(1, triton.cdiv(rounds_of_all, wanted))
-        return triton.cdiv(rounds_of_all, rounds), rounds
+
+class _Cut(NamedTuple):
+    """Into how many pieces: of rows, of columns, of tokens; and rounds of each of the last."""
+
+    tiles: int
+    column_tiles: int
+    splits: int
+    rounds: int
+
+
+def _cut(shape: _Shape, gradient: Tensor, columns: int) -> _Cut:
+    *sequences, rows, length = gradient.shape
+    tiles, column_tiles = triton.cdiv(rows, shape.rows), triton.cdiv(columns, shape.columns)
+    programs = tiles * column_tiles * math.prod(sequences)
+    rounds_of_all = triton.cdiv(length, shape.tokens)
+    wanted = triton.cdiv(shape.programs, max(1, programs))
+    rounds = max(1, triton.cdiv(rounds_of_all, wanted))
+    return _Cut(tiles, column_tiles, triton.cdiv(rounds_of_all, rounds), rounds)
 
 
 # The interpreter runs the same code on a CPU for tests: small tiles, all paths.
@@ -171,29 +184,11 @@ def long_product(gradient: Tensor, x: Tensor) -> Tensor:
 
     gradient: (..., rows, L), contiguous. x: (..., columns, L), whose rows lie one after the other.
     """
-    *sequences, rows, length = gradient.shape
     columns = x.shape[-2]
-    shape = _PRODUCT
-    tiles, column_tiles = triton.cdiv(rows, shape.rows), triton.cdiv(columns, shape.columns)
-    count = math.prod(sequences)
-    splits, rounds = shape.split(length, tiles * column_tiles * count)
-    parts = gradient.new_empty((splits, *sequences, rows, columns), dtype=torch.float32)
+    cut = _cut(_PRODUCT, gradient, columns)
+    parts = gradient.new_empty((cut.splits, *gradient.shape[:-1], columns), dtype=torch.float32)
     if parts.numel():
-        with on_device(gradient):
-            _long_product_kernel[(tiles * column_tiles, splits, count)](
-                gradient,
-                x,
-                parts,
-                length,
-                rows,
-                columns,
-                *_sequence_strides(x),
-                *_sequence_counts(sequences),
-                column_tiles,
-                rounds,
-                *shape[:3],
-                PRECISION=_precision(gradient.dtype),
-            )
+        _launch(_long_product_kernel, _PRODUCT, cut, gradient, (x,), (parts,))
     return parts
 
 
@@ -208,43 +203,46 @@ def linear_gradients(gradient: Tensor, x: Tensor, weight: Tensor) -> tuple[Tenso
     """
     *sequences, rows, length = gradient.shape
     columns = x.shape[-2]
-    precision = _precision(gradient.dtype)
-    shape = _shape_of_gradients(rows, columns, precision)
-    tiles, column_tiles = triton.cdiv(rows, shape.rows), triton.cdiv(columns, shape.columns)
-    count = math.prod(sequences)
-    splits, rounds = shape.split(length, tiles * column_tiles * count)
-    of_x = gradient.new_empty((tiles, *sequences, columns, length), dtype=torch.float32)
-    of_weight = gradient.new_empty((splits, *sequences, rows, columns), dtype=torch.float32)
+    shape = _shape_of_gradients(rows, columns, _precision(gradient.dtype))
+    cut = _cut(shape, gradient, columns)
+    of_x = gradient.new_empty((cut.tiles, *sequences, columns, length), dtype=torch.float32)
+    of_weight = gradient.new_empty((cut.splits, *sequences, rows, columns), dtype=torch.float32)
     if of_weight.numel():
-        with on_device(gradient):
-            _linear_gradients_kernel[(tiles * column_tiles, splits, count)](
-                gradient,
-                x,
-                weight,
-                of_x,
-                of_weight,
-                length,
-                rows,
-                columns,
-                *_sequence_strides(x),
-                *_sequence_strides(weight),
-                *_sequence_counts(sequences),
-                column_tiles,
-                rounds,
-                *shape[:3],
-                PRECISION=precision,
-            )
+        factors = (x, weight)
+        _launch(_linear_gradients_kernel, shape, cut, gradient, factors, (of_x, of_weight))
     return of_x, of_weight
 
 
-def _sequence_strides(x: Tensor) -> tuple[int, ...]:
-    """Of (outer, middle, inner)."""
-    return (0, 0, 0, *x.stride()[:-2])[-3:]
-
-
-def _sequence_counts(sequences: list[int]) -> tuple[int, ...]:
-    """Of (middle, inner)."""
-    return (1, 1, *sequences)[-2:]
+def _launch(
+    kernel: triton.JITFunction,
+    shape: _Shape,
+    cut: _Cut,
+    gradient: Tensor,
+    factors: tuple[Tensor, ...],
+    outs: tuple[Tensor, ...],
+) -> None:
+    """With arguments in the order that both kernels have; sequences of factors lie anywhere."""
+    *sequences, rows, length = gradient.shape
+    strides = [stride for x in factors for stride in (0, 0, 0, *x.stride()[:-2])[-3:]]
+    middle, inner = (1, 1, *sequences)[-2:]
+    with on_device(gradient):
+        kernel[(cut.tiles * cut.column_tiles, cut.splits, math.prod(sequences))](
+            gradient,
+            *factors,
+            *outs,
+            length,
+            rows,
+            outs[-1].shape[-1],
+            *strides,
+            middle,
+            inner,
+            cut.column_tiles,
+            cut.rounds,
+            shape.rows,
+            shape.columns,
+            shape.tokens,
+            PRECISION=_precision(gradient.dtype),
+        )
 
 
 def _precision(dtype: torch.dtype) -> str:
