@@ -338,8 +338,7 @@ def _share_out(name: str, scan: Scan, layout: _Layout, *, can_copy: bool) -> tup
     weights = 4 * passes * layout.block_rows * (scan.rank | 1)
 
     size = 4 * (layout.chunk * tile_rows + lines)
-    blocks = 1 if layout.single else layout.blocks
-    prefetch = can_copy and _has_room(scan, size + copied + min(passes, 2) * scalars, blocks)
+    prefetch = can_copy and _has_room(scan, size + copied + min(passes, 2) * scalars, 1)
     size += prefetch * copied
     if layout.single:
         together = passes if scan.rank else 1
