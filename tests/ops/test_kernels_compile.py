@@ -120,8 +120,28 @@ def test_maps_are_moved_16_bytes_at_a_time(kernel, dtype, vector, tmp_path, monk
     assert "st.global.v4.b32" in code
 
 
+@pytest.mark.parametrize("precision", ["tf32", "ieee"])
+@pytest.mark.parametrize("columns", [6, 32, 64, 128])
+def test_gradients_of_products_fit_into_99_kilobytes(columns, precision, tmp_path, monkeypatch):
+    """Of shared memory, as a block has on a GPU of compute capability 8.6."""
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    rows, columns, tokens, _ = products._shape_of_gradients(1024, columns, precision)
+    constants = {"ROWS": rows, "COLUMNS": columns, "TOKENS": tokens, "PRECISION": precision}
+    kernel = products._linear_gradients_kernel
+    aligned = {"gradient", "x", "weight", "of_x", "of_weight", "length"}
+    code = compile_kernel(kernel, constants, "fp32", aligned, warps=4, capability=86)
+    assert 0 < code.metadata.shared <= 99 * 1024
+
+
 def compiled(kernel, constants, dtype, *, are_aligned=False):
     """Code of a kernel, by its form; with are_aligned, pointers are multiples of 16."""
+    pointers = set(kernel.arg_names) - SIZES - SCALARS - constants.keys()
+    warps = constants.get("WARPS", 1)
+    return compile_kernel(kernel, constants, dtype, pointers if are_aligned else (), warps).asm
+
+
+def compile_kernel(kernel, constants, dtype, aligned, warps, capability=90):
+    """Arguments named in `aligned` are multiples of 16."""
     kinds = {}
     for name in kernel.arg_names:
         pointer = "*i32" if name in INDICES else "*fp32" if name in FLOAT32 else f"*{dtype}"
@@ -132,12 +152,8 @@ def compiled(kernel, constants, dtype, *, are_aligned=False):
         fn=kernel,
         signature=kinds,
         constexprs={places[name]: value for name, value in constants.items()},
-        attrs={
-            places[name]: [["tt.divisibility", 16]]
-            for name, kind in kinds.items()
-            if are_aligned and kind.startswith("*")
-        },
+        attrs={places[name]: [["tt.divisibility", 16]] for name in aligned},
     )
-    target = compiler.GPUTarget("cuda", 90, 32)
-    options = {"num_warps": constants.get("WARPS", 1)}
-    return triton.compile(source, target=target, options=options).asm
+    target = compiler.GPUTarget("cuda", capability, 32)
+    options = {"num_warps": warps}
+    return triton.compile(source, target=target, options=options)
