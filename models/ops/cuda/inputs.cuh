@@ -11,7 +11,7 @@ template <int matrices>
 __device__ inline void stage(const MATRIX *const (&from)[matrices], int count, float4 *tile,
                              int spacing, const Scan &scan, const Place &place) {
     const int parts = CHUNK / STEPS;
-    int tasks = matrices * count * parts, direction = REVERSIBLE ? place.direction : 1;
+    int tasks = matrices * count * parts, direction = place.direction;
     for (int first = threadIdx.x; first < tasks; first += STAGED * THREADS) {
         Pieces<MATRIX> pieces[STAGED];
 #pragma unroll

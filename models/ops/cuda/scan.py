@@ -15,10 +15,11 @@ from torch import Tensor
 from models.ops.cuda import library
 
 # Blocks take new channels in further passes while there are as many: for each multiprocessor of a
-# large GPU some eleven in a forward and four, which leave fewer sums to add, in a backward.
+# large GPU some eleven in a forward and four, which leave fewer sums to add, in a backward. Of few
+# states blocks are small, of half the warps: to read B and C for fewer channels costs little then.
 _ENOUGH_BLOCKS = {"forward": 1500, "backward": 528}
 _ENOUGH_SMALL_BLOCKS = {"forward": 3000, "backward": 1500}
-_FEW_STATES = 8  # of many: small blocks, each of which reads B and C for half as many channels
+_FEW_STATES = 8
 _BESIDE = 1280  # bytes of shared memory that a block takes beside what it asks for, at most
 _SMALL_RANK = 12  # of dt_low: it takes little shared memory, and little time
 

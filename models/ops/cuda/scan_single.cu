@@ -10,7 +10,7 @@
 
 // What a block needs beside the tokens: of a lane its steps of B and C, and of each of the block's
 // channels, of which a thread has one at most, its scalars. All is asked for before the first of it
-// is used: each answer takes as long as a pass.
+// is used, so that the answers do not wait for one another.
 struct Asked {
     Pieces<MATRIX> b, c;
     float bias, skip, A;
@@ -19,9 +19,9 @@ struct Asked {
 __device__ inline Asked ask(const Scan &scan, const Place &place, const Self &self) {
     static_assert(PASSES * BLOCK_ROWS <= THREADS, "a channel for a thread");
     Asked asked;
-    int left = scan.length - self.at, direction = REVERSIBLE ? place.direction : 1;
-    load_pieces(scan.B + place.matrix + self.from, left, direction, asked.b);
-    load_pieces(scan.C + place.matrix + self.from, left, direction, asked.c);
+    int left = scan.length - self.at;
+    load_pieces(scan.B + place.matrix + self.from, left, place.direction, asked.b);
+    load_pieces(scan.C + place.matrix + self.from, left, place.direction, asked.c);
     int row = place.block * PASSES * BLOCK_ROWS + (int)threadIdx.x;
     bool is_there = (int)threadIdx.x < PASSES * BLOCK_ROWS && row < CHANNELS;
     long long channel = (long long)place.group * CHANNELS + row;

@@ -43,6 +43,7 @@ __device__ inline void unpack(const Pieces<T> &pieces, bool reversed, float (&ou
 // or -1. No branch between the loads.
 template <typename T>
 __device__ inline void load_pieces(const T *first, int left, int direction, Pieces<T> &pieces) {
+    if (!REVERSIBLE) direction = 1;
 #pragma unroll
     for (int k = 0; k < PIECES; k++) {
         pieces[k] = {};
@@ -98,7 +99,7 @@ __device__ inline void take_pieces(const TOKENS *first, const Four<TOKENS> *slot
     for (int k = 0; k < PIECES; k++)
         pieces[k] = slots[(PIECES * r + k) * THREADS + threadIdx.x];
 #else
-    load_pieces(first, left, REVERSIBLE && reversed ? -1 : 1, pieces);
+    load_pieces(first, left, reversed ? -1 : 1, pieces);
 #endif
 }
 
