@@ -10,24 +10,28 @@ from torch import Tensor
 
 # On a CPU, for tests; chosen when triton is imported.
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+_HAS_TRITON = importlib.util.find_spec("triton") is not None
 
 
-@torch.compiler.assume_constant_result
-@functools.cache
 def has_triton() -> bool:
-    """Whether the package triton is installed. A compiler need not look into how it is found."""
-    return importlib.util.find_spec("triton") is not None
+    """Whether the package triton is installed."""
+    return _HAS_TRITON
 
 
 @torch.compiler.assume_constant_result
-@functools.cache
 def has_triton_tuples() -> bool:
-    """Whether triton is installed and its kernels may hold tuples of tensors, as from 3.3 on."""
-    if not has_triton():
-        return False
+    """Whether triton is installed and its kernels may hold tuples of tensors, as from 3.3 on.
+
+    A compiler need not look into how it is found.
+    """
+    return has_triton() and _triton_version() >= (3, 3)
+
+
+@functools.cache
+def _triton_version() -> tuple[int, ...]:
     import triton
 
-    return tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 3)
+    return tuple(map(int, triton.__version__.split(".")[:2]))
 
 
 def check_tensor(backend: str, x: Tensor, *, for_float64: str) -> None:

@@ -3,11 +3,14 @@
 import pytest
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from configs import load_config
 from engine.inference import use_tf32
 from models import CMFSOutput, build_model, check_scan_backend
+from models.ops.cuda import library
 from models.ops.haar import haar_dwt2
+from models.ops.selective_scan import dispatch
 from models.text_prior import TextPrior
 from utils.errors import InputError
 
@@ -143,6 +146,31 @@ def test_compiles_without_a_graph_break(model):
     with torch.no_grad():
         for ours, expected in zip(compiled(*pair), model(*pair), strict=True):
             torch.testing.assert_close(ours, expected)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("error:Dynamo detected")  # what it warns of, others break at
+@pytest.mark.skipif(torch.__version__.startswith("2.4"), reason="it takes no such tensors")
+@pytest.mark.parametrize("training", [False, True])
+def test_compiles_for_a_gpu_without_a_graph_break(model, training, monkeypatch):
+    """What a compiler sees there, also where there is none: tensors that have all but values."""
+    monkeypatch.setattr(library, "_find_reason", lambda: None)
+    monkeypatch.setattr(dispatch, "_find_fastest", lambda *_: "cuda")
+    compiled = torch.compile(model.train(training), fullgraph=True, backend="eager")
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        for module in model.modules():
+            for tensors in (module._parameters, module._buffers):
+                tensors.update({name: _on_gpu(x) for name, x in tensors.items()})
+        output = compiled(*(torch.empty(2, 3, 32, 40, device="cuda") for _ in range(2)))
+    assert output.logits.shape == (2, 5, 32, 40)
+    assert output.fused.is_cuda
+
+
+def _on_gpu(x):
+    if x is None:
+        return None
+    there = torch.empty(x.shape, dtype=x.dtype, device="cuda")
+    return nn.Parameter(there, x.requires_grad) if isinstance(x, nn.Parameter) else there
 
 
 def test_one_channel_thermal_is_repeated(model):
