@@ -115,7 +115,10 @@ def finished_result(
 
 
 def describe_scoring(result: Mapping[str, Any], config: Config) -> str:
-    """How the numbers of a segmentation came about, in one line; result: see describe_run."""
+    """How the numbers of a segmentation came about, in one line.
+
+    result: what describe_task and describe_model say, and the scored modalities.
+    """
     lists = "train and val" if result["train_on_val"] else "train"
     background = "not scored" if config.data.ignore_background else "scored as any other"
     return (

@@ -100,10 +100,10 @@ def _tang(rgb: Tensor, thermal: Tensor, fused: Tensor) -> dict[str, Tensor]:
 def _strict(rgb: Tensor, thermal: Tensor, fused: Tensor) -> dict[str, Tensor]:
     """Each formula as its paper has it: means over both sources, bits, data range 255.
 
-    Grey levels are rounded for EN and MI alone.
+    Grey levels are rounded, as OpenCV does, for EN and MI alone.
     """
     images = _stack(_exact_grey, rgb, thermal, fused)
-    joint = statistics.joint_histogram(images)
+    joint = statistics.joint_histogram(_stack(_opencv_grey, rgb, thermal, fused))
     error = statistics.mean_squared_error(images)
     return {
         **_common(images, joint),

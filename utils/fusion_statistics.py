@@ -114,7 +114,7 @@ def _covariance_of_sums(covariance: Tensor, first: Factors, second: Factors) -> 
 
 
 def _entropy(shares: Tensor) -> Tensor:
-    return -torch.special.xlogy(shares, shares).sum(-1)
+    return torch.special.entr(shares).sum(-1)
 
 
 def _mean(x: Tensor) -> Tensor:

@@ -7,8 +7,16 @@ from pathlib import Path
 
 
 def cache_path(name: str) -> Path:
-    """Path of a compiled file, there or not; its name holds what it was made from and for."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "cmfs" / name
+    """Path of a compiled file, there or not; its name holds what it was made from and for.
+
+    Raises:
+        OSError: the user has no home folder, as in some containers.
+    """
+    try:
+        folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    except RuntimeError as error:
+        raise FileNotFoundError(f"{error}; set XDG_CACHE_HOME to a folder of yours") from error
+    return folder / "cmfs" / name
 
 
 def fill_cache(path: Path, write: Callable[[Path], object]) -> None:
@@ -19,5 +27,8 @@ def fill_cache(path: Path, write: Callable[[Path], object]) -> None:
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=path.parent) as folder:
-        write(Path(folder) / path.name)
-        os.replace(Path(folder) / path.name, path)
+        made = Path(folder) / path.name
+        write(made)
+        with made.open("rb") as file:
+            os.fsync(file.fileno())  # or a power cut may leave a part of it under its name
+        os.replace(made, path)

@@ -226,6 +226,9 @@ def test_saved_memory_does_not_grow_with_the_states(backend):
         ("D", lambda t: t[:-1], r"D must be \(4,\)"),
         ("delta_bias", lambda t: t[:-1], "delta_bias must be"),
         ("A", lambda t: t.long(), "real floating point"),
+        ("u", lambda t: t.to(torch.complex64), "u must be real floating point"),
+        ("delta_bias", lambda t: t.to(torch.complex64), "delta_bias must be real floating point"),
+        ("delta_bias", lambda t: t.to("meta"), "delta_bias is on meta, u on cpu"),
     ],
 )
 def test_wrong_arguments_are_named(name, change, message):
@@ -301,6 +304,34 @@ def test_native_is_compiled_once(fresh_library, monkeypatch, caplog):
     ]
     native.load_library.cache_clear()
     monkeypatch.setattr(native, "_compile", None)  # calling it would fail
+    assert native.load_library() is not None
+
+
+@needs_compiler
+def test_native_is_compiled_again_where_what_is_kept_cannot_be_loaded(fresh_library, caplog):
+    caplog.set_level(logging.INFO)
+    native._cached_library().write_bytes(b"")
+    assert native.load_library() is not None
+    assert "compiling the native scan again" in caplog.text
+
+
+def test_without_a_home_folder_there_is_no_native_scan(monkeypatch, caplog):
+    def no_home():
+        raise RuntimeError("Could not determine home directory.")
+
+    caplog.set_level(logging.INFO)
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.setattr("pathlib.Path.home", no_home)
+    native.load_library.cache_clear()
+    assert native.load_library() is None
+    native.load_library.cache_clear()
+    assert "set XDG_CACHE_HOME" in caplog.text
+
+
+@needs_compiler
+def test_the_compiler_may_have_arguments(fresh_library, monkeypatch):
+    compiler = os.environ.get("CXX") or shutil.which("c++") or shutil.which("g++")
+    monkeypatch.setenv("CXX", f"env LC_ALL=C {compiler}")
     assert native.load_library() is not None
 
 

@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import threading
 
 import pytest
 import torch
@@ -69,6 +70,35 @@ def test_dtypes(backend, dtype):
     truth = ss2d_scan(**{k: v.double() for k, v in inputs.items()}, backend="reference")
     assert ours.dtype == dtype
     assert (ours.double() - truth).norm() / truth.norm() < TOLERANCE[dtype]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("backend", [*FAST, "reference"])
+def test_a_map_of_half_precision_with_parameters_in_float32(backend, dtype):
+    inputs = make_inputs(2, 4, (9, 6), 2, 2, torch.float32)
+    inputs["x"] = inputs["x"].to(dtype)
+    ours = ss2d_scan(**inputs, backend=backend)
+    truth = ss2d_scan(**{k: v.double() for k, v in inputs.items()}, backend="reference")
+    assert ours.dtype == dtype
+    assert (ours.double() - truth).norm() / truth.norm() < TOLERANCE[torch.bfloat16]
+
+
+def test_orders_are_kept_for_several_threads():
+    failed = []
+
+    def ask(seed):
+        try:
+            for i in range(2000):
+                scan_orders(1 + (i * 7 + seed) % 13, 1 + i % 13, "cross", 4, torch.device("cpu"))
+        except Exception as error:  # noqa: BLE001 (of a thread)
+            failed.append(error)
+
+    threads = [threading.Thread(target=ask, args=(seed,)) for seed in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not failed
 
 
 @pytest.mark.parametrize("hw", SIZES, ids=str)

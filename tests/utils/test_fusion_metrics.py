@@ -147,6 +147,7 @@ def test_constant_images_have_finite_scores(protocol, value):
         assert all(score.isfinite().all() for score in found.values()), found
         if images[2] is flat:
             assert found["EN"].item() == found["SD"].item() == found["CC"].item() == 0
+            assert f"{found['EN'].item():.4f}" == "0.0000"  # no -0
     for images in ((flat, a, a), (a, flat, a)):  # half of its sources tell nothing of it
         found = fusion_metrics(*images, protocol=protocol)
         assert found["CC"].item() == pytest.approx(0.5)
@@ -174,6 +175,16 @@ def test_grey_is_opencv_s():
     found = fusion_metrics(rgb, thermal, fused)
     for name, value in fusion_metrics(grey[0], thermal, grey[1]).items():
         assert found[name].item() == value.item(), name
+
+
+def test_levels_of_colours_are_those_of_opencv_in_strict_too():
+    rgb, thermal, fused = image(0, 3), image(1), image(2, 3)
+    rgb[:, :, ::2, ::3] = torch.tensor([0, 1, 201], dtype=torch.uint8)[:, None, None]  # 23
+    fused[:, :, ::3, ::2] = rgb[:, :, :1, :1]
+    found = fusion_metrics(rgb, thermal, fused, protocol="strict")
+    expected = fusion_metrics(rgb, thermal, fused)
+    assert found["EN"].item() == expected["EN"].item()
+    assert found["MI"].item() == pytest.approx(expected["MI"].item() / math.log(2), rel=1e-12)
 
 
 @pytest.mark.parametrize("protocol", PROTOCOLS)

@@ -10,6 +10,7 @@ import hashlib
 import logging
 import os
 import platform
+import shlex
 import shutil
 import subprocess
 from collections.abc import Sequence
@@ -32,7 +33,7 @@ _TIMEOUT_S = 120  # of the compiler
 def load_library() -> ctypes.CDLL | None:
     """The compiled functions, made now where they are not in the cache; None without a compiler."""
     try:
-        library = ctypes.CDLL(str(_cached_library()))
+        library = _open_library()
     except (OSError, subprocess.SubprocessError) as error:
         said = getattr(error, "stderr", None) or str(error)
         log.info("no native scan, taking the one in PyTorch: %s", said.strip()[-500:])
@@ -75,6 +76,22 @@ def integers(*values: int) -> ctypes.Array:
     return (ctypes.c_int64 * len(values))(*values)
 
 
+def _open_library() -> ctypes.CDLL:
+    """The library as it is in the cache, or compiled anew where it cannot be loaded.
+
+    Raises:
+        OSError: no compiler, or a cache folder that cannot be written.
+        subprocess.SubprocessError: the compiler failed.
+    """
+    path = _cached_library()
+    try:
+        return ctypes.CDLL(str(path))
+    except OSError as error:
+        log.info("compiling the native scan again: %s", error)
+        fill_cache(path, _compile)
+        return ctypes.CDLL(str(path))
+
+
 def _cached_library() -> Path:
     """The library's path; compiles it where it is not there.
 
@@ -93,10 +110,12 @@ def _cached_library() -> Path:
 
 
 def _compile(target: Path) -> None:
-    compiler = os.environ.get("CXX") or shutil.which("c++") or shutil.which("g++")
-    if not compiler:
+    compiler = shlex.split(os.environ.get("CXX", "")) or [
+        shutil.which("c++") or shutil.which("g++")
+    ]
+    if not compiler[0]:
         raise FileNotFoundError("no C++ compiler found")
-    command = [compiler, *_FLAGS, str(_SOURCE), "-o", str(target)]
+    command = [*compiler, *_FLAGS, str(_SOURCE), "-o", str(target)]
     options = {"check": True, "capture_output": True, "text": True, "timeout": _TIMEOUT_S}
     try:
         subprocess.run([*command, "-fopenmp"], **options)

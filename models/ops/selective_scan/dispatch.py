@@ -159,12 +159,13 @@ def _check(
     for name, vector in (("D", D), ("delta_bias", delta_bias)):
         if vector is not None and vector.shape != (channels,):
             raise ValueError(f"{name} must be ({channels},), got {tuple(vector.shape)}")
-    for name, tensor in (("delta", delta), ("A", A), ("B", B), ("C", C), ("D", D)):
+    if not torch.is_floating_point(u):
+        raise ValueError(f"u must be real floating point, got {u.dtype}")
+    others = {"delta": delta, "A": A, "B": B, "C": C, "D": D, "delta_bias": delta_bias}
+    for name, tensor in others.items():
         if tensor is None:
             continue
         if tensor.device != u.device:
             raise ValueError(f"{name} is on {tensor.device}, u on {u.device}")
         if not torch.is_floating_point(tensor):
             raise ValueError(f"{name} must be real floating point, got {tensor.dtype}")
-    if not torch.is_floating_point(u):
-        raise ValueError(f"u must be real floating point, got {u.dtype}")

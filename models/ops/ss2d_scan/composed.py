@@ -27,10 +27,12 @@ def ss2d_scan_composed(
     rank, states = dt_projs_weight.shape[2], A_logs.shape[1]
     order, back = scan_orders(height, width, scan, window, x.device)
     tokens = x.flatten(2)  # (B, D, L)
-    projected = torch.matmul(x_proj_weight.flatten(0, 1), tokens).unflatten(1, (4, -1))
+    to_projected = x_proj_weight.flatten(0, 1)
+    projected = torch.matmul(to_projected, tokens.to(to_projected.dtype)).unflatten(1, (4, -1))
     projected = _Permute.apply(projected, order, back)
     dt_low, B, C = projected.split([rank, states, states], dim=2)  # (B, 4, R or N, L)
-    delta = torch.matmul(dt_projs_weight, dt_low).flatten(1, 2)  # (B, 4·D, L)
+    delta = torch.matmul(dt_projs_weight, dt_low.to(dt_projs_weight.dtype))
+    delta = delta.flatten(1, 2)  # (B, 4·D, L)
     inputs = _Permute.apply(tokens[:, None].expand(-1, 4, -1, -1), order, back).flatten(1, 2)
     y = selective_scan(
         inputs,

@@ -43,7 +43,8 @@ def ss2d_scan_native(
     height, width = x.shape[2:]
     tokens = x.flatten(2)
     # (B, L, 4 (R + 2N)): as a product of (L, D) and (D, 4 (R + 2N)) per image
-    projected = torch.matmul(tokens.transpose(1, 2), x_proj_weight.flatten(0, 1).t())
+    to_projected = x_proj_weight.flatten(0, 1).t()
+    projected = torch.matmul(tokens.transpose(1, 2).to(to_projected.dtype), to_projected)
     order, _ = scan_orders(height, width, scan, window, x.device)
     floats = (tokens, projected.unflatten(2, (4, -1)), dt_projs_weight, dt_projs_bias)
     A = -torch.exp(A_logs.float()).unflatten(0, (4, -1))

@@ -1,5 +1,6 @@
 """In which order the four directions of the scan visit the pixels of a map."""
 
+import threading
 from collections import OrderedDict
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -9,6 +10,7 @@ from torch import Tensor
 
 _MOST_KEPT = 64  # orders; an image size takes up to six
 _kept: OrderedDict[tuple, tuple[Tensor, Tensor]] = OrderedDict()
+_lock = threading.Lock()  # of _kept
 _readers: list[list[tuple[Tensor, Tensor]]] = []
 
 
@@ -27,16 +29,19 @@ def scan_orders(
     if torch.compiler.is_compiling():
         return _make_orders(height, width, scan, window, device, dtype)
     key = (height, width, scan, window, device, dtype)
-    orders = _kept.get(key)
+    with _lock:
+        orders = _kept.get(key)
+        if orders is not None:
+            _kept.move_to_end(key)
     if orders is None:
         orders = _make_orders(height, width, scan, window, device, dtype)
         is_recorded = device.type == "cuda" and torch.cuda.is_current_stream_capturing()
         if is_recorded or type(orders[0]) is not Tensor:  # no values yet; a tracer's stand-in
             return orders
-        _kept[key] = orders
-        if len(_kept) > _MOST_KEPT:
-            _kept.popitem(last=False)
-    _kept.move_to_end(key)
+        with _lock:
+            _kept[key] = orders
+            if len(_kept) > _MOST_KEPT:
+                _kept.popitem(last=False)
     for reader in _readers:
         reader.append(orders)
     return orders

@@ -42,11 +42,11 @@ def ss2d_scan_reference(
         own = slice(direction * channels, (direction + 1) * channels)
         index = torch.tensor([row * width + column for row, column in order], device=x.device)
         tokens = x.flatten(2)[:, :, index]  # (B, D, L)
-        projected = x_proj_weight[direction] @ tokens
+        projected = x_proj_weight[direction] @ tokens.to(x_proj_weight.dtype)
         dt_low, B, C = projected.split([rank, states, states], dim=1)
         y = selective_scan_reference(
             tokens,
-            dt_projs_weight[direction] @ dt_low,
+            dt_projs_weight[direction] @ dt_low.to(dt_projs_weight.dtype),
             -torch.exp(A_logs[own]),
             B[:, None],
             C[:, None],

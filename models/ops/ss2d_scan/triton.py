@@ -77,7 +77,7 @@ def ss2d_scan_triton(
     ordered = _to_orders(x, scan, window)  # (2, B, D, L)
     # (2 orders, 2 walks · (R + 2N), D) from (4 directions, ...); direction = order + 2 · walk
     weight = x_proj_weight.unflatten(0, (2, 2)).transpose(0, 1).flatten(1, 2)
-    projected = _project(*_autocast(ordered, weight)).unflatten(2, (2, -1))
+    projected = _project(*_in_one_type(ordered, weight)).unflatten(2, (2, -1))
     A = -torch.exp(A_logs.float()).unflatten(0, (4, -1))
     parameters = (
         dt_projs_weight.float(),
@@ -166,11 +166,12 @@ def _reorder_sizes(ordered: Tensor) -> tuple[int, int]:
     return ordered.shape[3], ordered.shape[1] * ordered.shape[2]
 
 
-def _autocast(*tensors: Tensor) -> list[Tensor]:
-    """What autocast makes of a matrix product's factors."""
-    kind = tensors[0].device.type
-    enabled = torch.is_autocast_enabled(kind)
-    return [x.to(torch.get_autocast_dtype(kind)) if enabled else x for x in tensors]
+def _in_one_type(*tensors: Tensor) -> list[Tensor]:
+    """A map and the weight of a product with it in one type: autocast's, else the weight's."""
+    kind, dtype = tensors[0].device.type, tensors[-1].dtype
+    if torch.is_autocast_enabled(kind):
+        dtype = torch.get_autocast_dtype(kind)
+    return [x.to(dtype) for x in tensors]
 
 
 @torch.library.custom_op("cmfs::project_orders", mutates_args=())
