@@ -39,6 +39,7 @@ from engine.graphs import GraphedModel
 from engine.inference import Prediction, use_tf32
 from engine.report import curves_report, segmentation_report
 from engine.results import (
+    SEGMENTATION_FOLDERS,
     PictureWriter,
     describe_model,
     describe_scoring,
@@ -123,9 +124,15 @@ def score(
     file, names = target / "eval.json", loader.dataset.names
     has_pictures = not arguments.tables_only
     task = describe_task(
-        path, config, arguments.split, note=arguments.note, has_pictures=has_pictures
+        path,
+        config,
+        arguments.split,
+        files=loader.dataset.fingerprint(),
+        note=arguments.note,
+        has_pictures=has_pictures,
     )
-    finished = None if arguments.again else finished_result(file, task, "by_image", names)
+    folders = SEGMENTATION_FOLDERS if has_pictures else ()
+    finished = None if arguments.again else finished_result(file, task, "by_image", names, folders)
     finished = gather_objects(finished)[0]  # every rank does what the first one does
     if finished is not None:
         log.info("%s has been scored already; --again scores it anew", path)

@@ -29,10 +29,12 @@ Exit codes: 0 done; 2 bad input (one line on stderr), what was written before st
 import argparse
 import itertools
 import logging
+import signal
 import tempfile
 import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from types import FrameType
 from typing import NamedTuple
 
 import cv2
@@ -145,6 +147,9 @@ def main() -> None:
         sink = PictureSink(arguments.out, palette)
     else:
         sink = VideoSink(arguments.out, palette, source.frames_per_s)
+    refuse_to_replace((arguments.rgb, arguments.thermal), sink.places)
+    if source.frames_per_s is not None:
+        signal.signal(signal.SIGTERM, stop)
     to_pixels = to_uint8 if arguments.bits == 8 else to_uint16
     start, done, network_s = time.perf_counter(), 0, 0.0
     progress = tqdm(total=source.count, unit="pair", disable=None if is_main_process() else True)
@@ -214,6 +219,25 @@ def open_source(arguments: argparse.Namespace, devices: Devices) -> Source:
     if source.frames_per_s is not None and arguments.bits != 8:
         raise InputError("--bits 16 is for pictures; a video has 8 bits")
     return source
+
+
+def refuse_to_replace(inputs: Iterable[Path], places: Iterable[Path]) -> None:
+    """Raise an InputError where results would be written over, or among, what they are made of.
+
+    Args:
+        places: folders or files of the results.
+    """
+    written = {place.resolve() for place in places}
+    for path in inputs:
+        if written & {path.resolve(), path.resolve().parent}:
+            raise InputError(
+                f"{path} lies where the results would be written; give another folder with --out"
+            )
+
+
+def stop(number: int, _: FrameType | None) -> None:
+    """End as after an error, so that a video keeps the frames that it has."""
+    raise SystemExit(128 + number)
 
 
 def find_pairs(rgb: Path, thermal: Path) -> list[PairFiles]:

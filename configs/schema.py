@@ -40,6 +40,16 @@ class _Section(BaseModel):
         frozen=True, extra="forbid", protected_namespaces=(), allow_inf_nan=False
     )
 
+    @model_validator(mode="before")
+    @classmethod
+    def _truth_is_no_number(cls, values: Any) -> Any:
+        """Pydantic takes true for 1."""
+        for name, value in values.items() if isinstance(values, dict) else ():
+            field = cls.model_fields.get(name)
+            if isinstance(value, bool) and field is not None and field.annotation is not bool:
+                raise ValueError(f"{name} takes no truth value, got {str(value).lower()}")
+        return values
+
 
 class DataConfig(_Section):
     """One dataset: where it lies, what its classes are, how it is read."""

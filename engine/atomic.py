@@ -40,11 +40,12 @@ def replacing(path: Path, *, previous: Path | None = None) -> Iterator[BinaryIO]
         digest_file(path).unlink(missing_ok=True)
         os.replace(partial, path)
         _write_digest(path, digest)
-        if kept.exists():
+        if previous is not None and kept.exists():
             digest_file(previous).unlink(missing_ok=True)
             os.replace(kept, previous)
             if old_digest is not None:
                 _write_digest(previous, old_digest)
+        kept.unlink(missing_ok=True)  # of a process that was killed
         _sync_folder(path.parent)
     except BaseException as error:
         for leftover in (partial, kept):

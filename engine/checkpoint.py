@@ -276,6 +276,8 @@ def _check_content(path: Path, content: Any) -> Checkpoint:
     tensors = checkpoint.model
     if not isinstance(tensors, dict) or not all(isinstance(t, Tensor) for t in tensors.values()):
         raise InputError(f'{path} is not a CMFS checkpoint: "model" must hold tensors by name')
+    if not isinstance(checkpoint.config, dict):
+        raise InputError(f'{path} is not a CMFS checkpoint: "config" must hold its run\'s settings')
     return checkpoint
 
 

@@ -1,5 +1,6 @@
 """What evaluation leaves on disk: pictures and JSON, and whether that is there already."""
 
+import contextlib
 import json
 import os
 from collections import deque
@@ -14,10 +15,11 @@ from configs import Config
 from engine.inference import describe_inference
 from models import CMFS
 from utils.download import file_sha256
-from utils.environment import git_commit
+from utils.environment import code_sha256, git_commit
 from utils.errors import InputError
 from utils.image import Palette, colorize, overlay, write_png
 
+SEGMENTATION_FOLDERS = ("segmentation", "color", "overlay")
 _WAITING_PICTURES = 32  # held in memory at most
 
 
@@ -62,9 +64,8 @@ def write_segmentation(
 ) -> None:
     """Write segmentation/ (class indices), color/ and overlay/ <name>.png; see above."""
     color, cover = draw_segmentation(rgb, segmentation, palette)
-    write_png(folder / "segmentation" / f"{name}.png", segmentation)
-    write_png(folder / "color" / f"{name}.png", color)
-    write_png(folder / "overlay" / f"{name}.png", cover)
+    for kind, picture in zip(SEGMENTATION_FOLDERS, (segmentation, color, cover), strict=True):
+        write_png(folder / kind / f"{name}.png", picture)
 
 
 def describe_task(path: Path, config: Config, split: str, **more: Any) -> dict[str, Any]:
@@ -79,6 +80,7 @@ def describe_task(path: Path, config: Config, split: str, **more: Any) -> dict[s
         "checkpoint_sha256": file_sha256(path),
         "modalities": config.data.modalities,
         "git_commit": git_commit(),
+        "code_sha256": code_sha256(),
         **more,
         "config": config.model_dump(mode="json"),
     }
@@ -95,14 +97,19 @@ def describe_model(model: CMFS, stored: Config) -> dict[str, Any]:
 
 
 def finished_result(
-    path: Path, task: Mapping[str, Any], names_key: str, names: Collection[str]
+    path: Path,
+    task: Mapping[str, Any],
+    names_key: str,
+    names: Collection[str],
+    picture_folders: Collection[str],
 ) -> dict[str, Any] | None:
-    """The result that a file holds, where it is that of the same task; else None.
+    """The result that a file holds, where it is that of the same task and whole; else None.
 
     Args:
         path: eval.json or vision.json, which is written last of all files of a checkpoint.
         task: see describe_task; every item must agree.
         names_key: where the result lists its images, which must be `names`.
+        picture_folders: those beside `path` that must hold a picture of each of them.
     """
     try:
         result = json.loads(path.read_text(encoding="utf-8"))
@@ -111,7 +118,12 @@ def finished_result(
     if not isinstance(result, dict) or any(result.get(key) != task[key] for key in task):
         return None
     listed = result.get(names_key)
-    return result if isinstance(listed, dict) and listed.keys() == set(names) else None
+    if not isinstance(listed, dict) or listed.keys() != set(names):
+        return None
+    pictures = (
+        path.parent / folder / f"{name}.png" for folder in picture_folders for name in names
+    )
+    return result if all(picture.is_file() for picture in pictures) else None
 
 
 def describe_scoring(result: Mapping[str, Any], config: Config) -> str:
@@ -142,5 +154,6 @@ def write_text(path: Path, text: str) -> None:
         aside.write_text(text, encoding="utf-8")
         aside.replace(path)
     except OSError as error:
-        aside.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            aside.unlink(missing_ok=True)
         raise InputError(f"cannot write {path}: {error.strerror}") from error

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from configs import Config
+from engine.atomic import read_digest
 from engine.average import WeightAverage
 from engine.checkpoint import (
     Checkpoint,
@@ -39,6 +40,17 @@ _FREE_ON_RESUME = {
     "model.pretrained",
     "model.scan_backend",
     "model.recompute",
+}
+_SAVED = {  # in a training state
+    "optimizer",
+    "scaler",
+    "weights",
+    "rng",
+    "epoch",
+    "batch",
+    "steps_per_epoch",
+    "best_miou",
+    "bad_steps",
 }
 _FIXED_ON_RESUME = ("data.", "model.", "seed", "train.crop", "train.batch_size")
 
@@ -121,6 +133,25 @@ def starting_point(folder: RunFolder, *, resume: bool | str) -> Path | None:
             f"{offer}begin another run with --exp NAME"
         )
     return folder.last_checkpoint
+
+
+def check_same_start(resume_from: Path | None) -> None:
+    """Refuse to go on where ranks see different checkpoints; every rank takes part.
+
+    Raises:
+        InputError: on every rank.
+    """
+    mine = None
+    if resume_from is not None:
+        mine = resume_from.name, resume_from.stat().st_size, read_digest(resume_from)
+    found = gather_objects(mine)
+    if any(other != found[0] for other in found):
+        names = ["nothing" if one is None else one[0] for one in found]
+        raise InputError(
+            f"the processes would not go on from the same checkpoint, but from "
+            f"{', '.join(names)} of different content; all of them need the same run folder "
+            f"(experiment_path), on a disk that they share"
+        )
 
 
 def build_state(
@@ -261,6 +292,11 @@ def restore(state: TrainingState, path: Path, config: Config, devices: Devices) 
     if saved is None:
         raise InputError(
             f"{path} holds no training state; only epoch-last.pth and epoch-previous.pth do"
+        )
+    missing = _SAVED - saved.keys() if isinstance(saved, dict) else _SAVED
+    if missing:
+        raise InputError(
+            f"{path} holds no training state of train.py: {', '.join(sorted(missing))} missing"
         )
     if saved["steps_per_epoch"] != state.steps_per_epoch:
         raise InputError(

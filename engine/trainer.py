@@ -21,6 +21,7 @@ from engine.optim import lr_at
 from engine.state import (
     TrainingState,
     build_state,
+    check_same_start,
     restore,
     save_best,
     save_epoch,
@@ -68,6 +69,7 @@ def fit(
         InputError: resume_from does not belong to this run, the batch does not divide among the
             ranks, or the disk or the GPU's memory is full.
     """
+    check_same_start(resume_from)
     with explained_out_of_memory(config, devices.device):
         state = build_state(config, model, devices, steps_per_epoch=len(train_loader))
     if resume_from is not None:

@@ -116,6 +116,9 @@ def run_main(main: Callable[[], int | None]) -> NoReturn:
     others have left on the GPU, and they wait for it.
     """
     threading.excepthook = _report_thread_error
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):  # a terminal may have no sign for what we print
+            stream.reconfigure(errors="backslashreplace")
     try:
         code = main() or 0
     except KeyboardInterrupt:

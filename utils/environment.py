@@ -1,5 +1,6 @@
 """What a result was made with: versions, devices, commit."""
 
+import hashlib
 import importlib.metadata
 import os
 import platform
@@ -10,6 +11,7 @@ from typing import Any
 
 import torch
 
+_SOURCE_SUFFIXES = {".py", ".cpp", ".cu", ".cuh"}
 _PACKAGES = (
     "torch",
     "torchvision",
@@ -45,6 +47,18 @@ def git_commit() -> str | None:
     if commit is None:
         return None
     return f"{commit}-dirty" if _git("status", "--porcelain", "--untracked-files=no") else commit
+
+
+def code_sha256() -> str:
+    """Of the project's own source files: what a commit says, also of edited or unpacked ones."""
+    root = Path(__file__).resolve().parents[1]
+    digest = hashlib.sha256()
+    for folder in ("configs", "dataloader", "engine", "models", "utils"):
+        for path in sorted((root / folder).rglob("*")):
+            if path.suffix in _SOURCE_SUFFIXES:
+                digest.update(f"{path.relative_to(root).as_posix()}\n".encode())
+                digest.update(path.read_bytes())
+    return digest.hexdigest()
 
 
 def _git(*arguments: str) -> str | None:

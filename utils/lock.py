@@ -23,10 +23,15 @@ def claim(folder: Path) -> TextIO:
     have no part in it.
 
     Raises:
-        InputError: another process holds it.
+        InputError: another process holds it, or no such folder can be.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    file = (folder / ".lock").open("a+", encoding="utf-8")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        file = (folder / ".lock").open("a+", encoding="utf-8")
+    except OSError as error:
+        raise InputError(
+            f"cannot use {folder} as a run's folder: {error.strerror} ({error.filename})"
+        ) from error
     if fcntl is None:
         return file
     try:

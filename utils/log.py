@@ -1,5 +1,6 @@
 """Where a run reports to: console and train_output.log, metrics.jsonl, TensorBoard."""
 
+import contextlib
 import json
 import logging
 import math
@@ -30,12 +31,13 @@ _BAR = "{percentage:3.0f}%|{bar:10}| {n}/{total} {elapsed}<{remaining}{postfix}"
 
 
 class _Console(logging.Handler):
-    """Lines on stdout, above a progress bar where there is one."""
+    """Lines on stdout, above a progress bar where there is one, as long as somebody reads them."""
 
     def emit(self, record: logging.LogRecord) -> None:
         if not getattr(record, "only_file", False):
-            tqdm.write(self.format(record), file=sys.stdout)
-            sys.stdout.flush()
+            with contextlib.suppress(OSError):
+                tqdm.write(self.format(record), file=sys.stdout)
+                sys.stdout.flush()
 
 
 class _LogFile(logging.FileHandler):
