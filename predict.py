@@ -27,6 +27,7 @@ Exit codes: 0 done; 2 bad input (one line on stderr), what was written before st
 """
 
 import argparse
+import contextlib
 import itertools
 import logging
 import signal
@@ -148,12 +149,10 @@ def main() -> None:
     else:
         sink = VideoSink(arguments.out, palette, source.frames_per_s)
     refuse_to_replace((arguments.rgb, arguments.thermal), sink.places)
-    if source.frames_per_s is not None:
-        signal.signal(signal.SIGTERM, stop)
     to_pixels = to_uint8 if arguments.bits == 8 else to_uint16
     start, done, network_s = time.perf_counter(), 0, 0.0
     progress = tqdm(total=source.count, unit="pair", disable=None if is_main_process() else True)
-    with sink, progress:
+    with kept_when_stopped(sink), sink, progress:
         for batch in same_size(source.pairs, config.eval.batch_size):
             begin = time.perf_counter()
             prediction = process(batch, model, config, devices.device)
@@ -235,9 +234,21 @@ def refuse_to_replace(inputs: Iterable[Path], places: Iterable[Path]) -> None:
             )
 
 
-def stop(number: int, _: FrameType | None) -> None:
-    """End as after an error, so that a video keeps the frames that it has."""
-    raise SystemExit(128 + number)
+@contextlib.contextmanager
+def kept_when_stopped(sink: PictureSink | VideoSink) -> Iterator[None]:
+    """SIGTERM ends a video as an error does: it keeps the frames that it has."""
+
+    def stop(number: int, _: FrameType | None) -> None:
+        raise SystemExit(128 + number)
+
+    if isinstance(sink, PictureSink):  # whose files are whole at any moment
+        yield
+        return
+    previous = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, previous)
 
 
 def find_pairs(rgb: Path, thermal: Path) -> list[PairFiles]:

@@ -495,6 +495,23 @@ class TestScoredOnce:
         assert scored("-e", "10") == ["epoch-10"], "the file is cut short"
         assert scored("-e", "10") == []
 
+    def test_changed_files_and_code_are_scored(
+        self, script, run, scored, demo_dataset, monkeypatch
+    ):
+        assert scored("-e", "10") == ["epoch-10"]
+        for folder in ("RGB", "Modal", "Label"):
+            image = next((demo_dataset / folder).glob(f"{listed(demo_dataset)[0]}.*"))
+            times = image.stat()
+            os.utime(image, ns=(times.st_atime_ns, times.st_mtime_ns + 1_000_000_000))
+            assert scored("-e", "10") == ["epoch-10"], folder
+        monkeypatch.setattr("engine.results.code_sha256", lambda: "edited")
+        assert scored("-e", "10") == ["epoch-10"]
+        assert scored("-e", "10") == []
+        kind, folder = {"eval": ("eval", "overlay"), "eval_vision": ("vision", "fused")}[script]
+        next((run.path / kind / "epoch-10" / folder).iterdir()).unlink()
+        assert scored("-e", "10") == ["epoch-10"], "a picture is gone"
+        assert scored("-e", "10") == []
+
     def test_a_changed_list_is_scored(self, script, run, scored, demo_dataset):
         split, names = demo_dataset / "some.txt", listed(demo_dataset, "train")
         split.write_text("\n".join(names[:2]))

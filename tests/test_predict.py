@@ -1,7 +1,9 @@
 """predict.py: files, folders and videos, odd sizes, windows, batches, and what it refuses."""
 
 import logging
+import os
 import re
+import signal
 import sys
 from pathlib import Path
 
@@ -14,6 +16,7 @@ import predict as script
 from configs import load_config
 from engine.checkpoint import load_model, save_checkpoint
 from engine.inference import pair_to_tensors, predict
+from engine.sinks import VideoSink
 from models import build_model
 from utils.cli import run_main
 from utils.errors import InputError
@@ -233,6 +236,53 @@ def test_videos_that_cannot_be_are_refused(
     line = refused(monkeypatch, capsys, *folders, checkpoint, out, "--fps", "5")
     assert "fused.mp4: a frame is" in line, "images of different sizes"
     assert len(list(VideoReader(out / "fused.mp4"))) == 1, "the frame before it is kept"
+
+
+def test_a_video_that_is_stopped_keeps_its_frames(monkeypatch, videos, checkpoint, tmp_path):
+    real, out = script.process, tmp_path / "out"
+
+    def process(*arguments):
+        if (out / f".{os.getpid()}.fused.mp4").exists():  # the first frame is in
+            os.kill(os.getpid(), signal.SIGTERM)
+        return real(*arguments)
+
+    before = signal.getsignal(signal.SIGTERM)
+    monkeypatch.setattr(script, "process", process)
+    with pytest.raises(SystemExit) as stopped:
+        call(monkeypatch, *videos, checkpoint, out, "--set", "eval.batch_size=1")
+    assert stopped.value.code == 128 + signal.SIGTERM
+    assert signal.getsignal(signal.SIGTERM) is before
+    assert sorted(path.name for path in out.iterdir()) == ["fused.mp4", "overlay.mp4"]
+    assert len(list(VideoReader(out / "fused.mp4"))) == 1
+
+
+def test_of_two_videos_the_second_ends_where_the_first_fails(tmp_path):
+    frame = np.zeros((32, 32, 3), np.uint8)
+    palette = load_config("demo").data.palette
+    lost = pytest.raises(InputError, match="fused.mp4: 0 of 1 frames arrived")
+    with lost, VideoSink(tmp_path, palette, 10) as sink:
+        sink.write("1", frame, frame, frame[..., 0])
+        next(tmp_path.glob(".*.fused.mp4")).unlink()
+    assert [path.name for path in tmp_path.iterdir()] == ["overlay.mp4"]
+
+
+def test_results_never_replace_what_they_are_made_of(
+    monkeypatch, capsys, folders, videos, checkpoint, tmp_path
+):
+    rgb, thermal = folders
+    before = (rgb / "a.png").read_bytes()
+    rgb.rename(tmp_path / "color")
+    thermal.rename(tmp_path / "segmentation")
+    rgb, thermal = tmp_path / "color", tmp_path / "segmentation"
+    files = rgb / "a.png", thermal / "a.bmp"
+    made = tmp_path / "fused.mp4", tmp_path / "overlay.mp4"
+    for video, path in zip(videos, made, strict=True):
+        video.rename(path)
+    for pair in ((rgb, thermal), files, made, (rgb / ".." / "color", thermal)):
+        message = refused(monkeypatch, capsys, *pair, checkpoint, tmp_path)
+        assert "lies where the results would be written" in message
+    assert files[0].read_bytes() == before
+    assert not (tmp_path / "overlay").exists()
 
 
 def test_16_bit_thermal_is_converted(monkeypatch, folders, checkpoint, tmp_path):

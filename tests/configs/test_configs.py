@@ -50,6 +50,8 @@ def test_defect_7_an_unknown_name_is_an_error_with_the_nearest():
         ("train.crop=[480]", "train.crop"),
         ("train.crop=[16,640]", "train.crop.0: .*greater than or equal to 32"),
         ("train=3", "'train' is a section"),
+        ("train.batch_size=true", "train: .*batch_size takes no truth value, got true"),
+        ("train.clip_grad_norm=false", "train: .*clip_grad_norm takes no truth value"),
         ("train.lr", "--set takes section.field=value"),
         ("train.crop=[1,", "not a YAML value"),
         ("data.class_names=[a,b,c]", "palette has 9 colours for 3 classes"),

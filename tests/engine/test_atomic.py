@@ -82,6 +82,14 @@ def test_stopped_at_any_call_both_files_are_whole(path, monkeypatch, call):
     assert is_intact(previous)
 
 
+def test_what_a_killed_process_left_is_swept_away(path):
+    write(path, b"one")
+    path.with_name(f".{path.name}.kept").write_bytes(b"zero")
+    write(path, b"two")
+    assert path.read_bytes() == b"two" and is_intact(path)
+    assert len(list(path.parent.iterdir())) == 2
+
+
 def test_an_error_while_writing_leaves_the_old_file(path):
     write(path, b"one")
     with pytest.raises(ZeroDivisionError), replacing(path) as file:

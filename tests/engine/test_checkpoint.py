@@ -152,6 +152,8 @@ def bad_file(kind: str, saved: Path, folder: Path) -> Path:
         torch.save([1, 2], path)
     elif kind == "another project's":
         torch.save({"state_dict": {"a": torch.zeros(1)}}, path)
+    elif kind == "without a config":
+        torch.save({**torch.load(saved, weights_only=True), "config": None}, path)
     elif kind == "code":
         torch.save({"model": Evil(folder / "hacked")}, path)
     elif kind == "plain pickle":
@@ -163,7 +165,7 @@ def bad_file(kind: str, saved: Path, folder: Path) -> Path:
     "kind",
     [
         "half", "without its end", "empty", "html", "foreign safetensors", "a list",
-        "another project's", "code", "plain pickle", "missing",
+        "another project's", "without a config", "code", "plain pickle", "missing",
     ],
 )  # fmt: skip
 def test_bad_files_are_refused_in_one_line(kind, saved, tmp_path):

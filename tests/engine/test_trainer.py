@@ -219,6 +219,18 @@ def test_a_resumed_run_remembers_its_best(configure, monkeypatch):
     assert load_checkpoint(RunFolder(config).best_checkpoint).step == 4
 
 
+def test_after_a_validation_the_network_trains_again(configure, monkeypatch):
+    modes, real = [], trainer.train_step
+
+    def train_step(state, *arguments):
+        modes.append(state.model.training)
+        return real(state, *arguments)
+
+    monkeypatch.setattr(trainer, "train_step", train_step)
+    assert run(configure("train.max_steps=9", "train.val_every=1")) == 0
+    assert modes == [True] * 9
+
+
 def test_the_weights_average_is_scored_kept_and_resumed(configure, monkeypatch):
     scored = []
 
@@ -703,6 +715,25 @@ def test_resume_with_another_recipe_says_so(begun, caplog):
         run(begun("train.max_steps=2", "train.weight_decay=0.5"), resume=True)
     assert "train.weight_decay from 0.01 to 0.5" in caplog.text
     assert load_checkpoint(RunFolder(begun()).last_checkpoint).step == 2
+
+
+@pytest.mark.parametrize("saved", [{"x": 1}, [1]])
+def test_resume_of_a_foreign_training_state_is_refused(begun, saved):
+    config = begun()
+    path = RunFolder(config).last_checkpoint
+    content = torch.load(path, weights_only=True)
+    torch.save({**content, "training_state": saved}, path)
+    path.with_name(f"{path.name}.sha256").unlink()
+    with pytest.raises(InputError, match="no training state of train.py: bad_steps, .*missing"):
+        run(config, resume=True)
+
+
+def test_ranks_that_would_go_on_from_different_checkpoints_are_refused(
+    configure, monkeypatch, no_validation
+):
+    monkeypatch.setattr("engine.state.gather_objects", lambda mine: [mine, ("other.pth", 1, "a")])
+    with pytest.raises(InputError, match="but from nothing, other.pth of different content"):
+        run(configure("train.max_steps=1"))
 
 
 def test_resume_with_another_list_is_refused(begun, monkeypatch):

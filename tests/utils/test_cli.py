@@ -6,8 +6,11 @@ import logging
 import multiprocessing
 import os
 import signal
+import subprocess
+import sys
 import threading
 import time
+from pathlib import Path
 
 import pytest
 
@@ -72,6 +75,19 @@ def test_errors_reach_the_log_file_too(tmp_path, capsys):
     text = (tmp_path / "train_output.log").read_text()
     assert "ERROR no such image" in text
     assert "Traceback" in text and "a slip" in text
+
+
+def test_a_terminal_without_our_signs_gets_their_numbers():
+    script = "from utils.cli import run_main; run_main(lambda: print('480\u00d7640 \u2013'))"
+    result = subprocess.run(
+        [sys.executable, "-c", script],
+        env={**os.environ, "PYTHONIOENCODING": "ascii"},
+        cwd=Path(__file__).parents[2],
+        capture_output=True,
+        text=True,
+    )
+    assert result.returncode == 0, result.stderr
+    assert result.stdout == "480\\xd7640 \\u2013\n"
 
 
 def test_keyboard_interrupt_is_130(capsys):

@@ -47,6 +47,13 @@ def test_a_folder_in_use_is_refused_until_its_user_is_dead(tmp_path):
     assert [path.name for path in folder.iterdir()] == [".lock"]
 
 
+@pytest.mark.parametrize("name", ["file", "file/run", "x" * 300])
+def test_a_folder_that_cannot_be_is_refused(tmp_path, name):
+    (tmp_path / "file").touch()
+    with pytest.raises(InputError, match="cannot use .* as a run's folder: "):
+        claim(tmp_path / name)
+
+
 def test_a_file_system_without_locks_is_said_and_used(tmp_path, monkeypatch, caplog):
     def refuse(*_):
         raise OSError(errno.ENOLCK, "No locks available")

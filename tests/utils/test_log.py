@@ -78,6 +78,17 @@ def test_lines_go_to_console_and_file(root_logger, tmp_path, capsys):
     assert [line.split()[-1] for line in lines] == ["both", "file", "again"]
 
 
+def test_a_console_that_nobody_reads_ends_nothing(root_logger, tmp_path, monkeypatch):
+    class Closed(io.StringIO):
+        def write(self, _):
+            raise BrokenPipeError
+
+    setup_logging(tmp_path / "log")
+    monkeypatch.setattr(sys, "stdout", Closed())
+    logging.getLogger("x").info("still here")
+    assert "still here" in (tmp_path / "log").read_text()
+
+
 def test_other_ranks_write_no_file_and_say_only_errors(root_logger, tmp_path, capsys):
     path = tmp_path / "train_output.log"
     setup_logging(path, main=False)
