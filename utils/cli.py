@@ -101,7 +101,7 @@ def add_checkpoint_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--again",
         action="store_true",
-        help="score anew what was scored with the same checkpoint, config and commit",
+        help="score anew what was scored with the same checkpoint, config, files and code",
     )
 
 

@@ -103,6 +103,7 @@ def test_windows_reach_every_place_and_scales_are_all_used():
     lefts, tops = zip(*(corner.tolist() for corner in corners), strict=True)
     assert set(lefts) == set(range(80 - 48 + 1))
     assert set(tops) == set(range(60 - 32 + 1))
+    assert abs(np.corrcoef(lefts, tops)[0, 1]) < 0.2, "each side is drawn for itself"
     scales = (0.5, 1.0, 1.5)
     widths = [run(s, crop=(120, 160), scales=scales).valid[0].sum() for s in range(150)]
     counts = [widths.count(width) for width in (40, 80, 120)]

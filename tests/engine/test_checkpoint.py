@@ -278,6 +278,16 @@ def test_the_one_before_a_broken_file_is_offered(model, tmp_path):
         load_checkpoint(paths[0])
 
 
+def test_of_several_before_a_broken_file_the_newest_is_offered(model, tmp_path):
+    paths = [tmp_path / f"epoch-{epoch}.pth" for epoch in (5, 10, 15)]
+    for age, path in enumerate(paths):
+        save_checkpoint(path, model=model, config=CONFIG, epoch=age, step=age)
+        os.utime(path, (age, age))
+    paths[2].write_bytes(b"")
+    with pytest.raises(InputError, match=r"one before it is .*/epoch-10\.pth$"):
+        load_checkpoint(paths[2])
+
+
 @pytest.fixture
 def folder(tmp_path) -> Path:
     for name in ("epoch-5", "epoch-10", "epoch-100", "best", "epoch-last"):

@@ -22,6 +22,13 @@ def test_segmentation_head_gives_logits_at_the_image_size(hw):
     assert head(stage_maps(hw), hw).shape == (2, 5, *hw)
 
 
+def test_segmentation_head_drops_whole_channels_of_one_in_ten():
+    head = SegmentationHead(WIDTHS, num_classes=5, hidden=16, d_state=2).train()
+    kept = head.classify[1](torch.ones(20, 100, 3, 3)).flatten(2)
+    assert (kept == kept[..., :1]).all()
+    assert 100 < (kept[..., 0] == 0).sum() < 300
+
+
 @pytest.mark.parametrize("hw", [(64, 96), (33, 47)], ids=str)
 def test_segmentation_head_fuses_embedded_resized_maps(hw):
     """As the method has it: Linear, bilinear to stride 4, concatenate, 1x1 convolution, norm."""

@@ -153,3 +153,14 @@ def test_drop_path_rises_linearly():
     encoder = VMambaEncoder(drop_path=0.2)
     rates = [block.drop_path.p for layer in encoder.layers for block in layer.blocks]
     torch.testing.assert_close(rates, torch.linspace(0, 0.2, 14).tolist())
+
+
+def test_drop_path_draws_for_each_image_and_branch():
+    torch.manual_seed(0)
+    block = VMambaEncoder(drop_path=0.5).layers[-1].blocks[-1].train()
+    of_op, of_mlp = block.draw(torch.zeros(400, 1, 1, 1))
+    for kept in (of_op, of_mlp):
+        assert set(kept.unique().tolist()) == {0, 2}
+        assert 140 < (kept == 0).sum() < 260
+    assert 140 < (of_op != of_mlp).sum() < 260
+    assert block.eval().draw(torch.zeros(1, 1, 1, 1)) == ()
