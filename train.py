@@ -26,12 +26,11 @@ import argparse
 import logging
 from contextlib import nullcontext
 
-import torch
-
 from configs import Config, load_config
 from dataloader.build import build_eval_loader, build_train_loader
 from dataloader.check import refuse_bad_lists
 from dataloader.preview import augmentation_sheet
+from engine.inference import use_tf32
 from engine.state import starting_point
 from engine.trainer import fit
 from models import build_model
@@ -76,9 +75,7 @@ def train(arguments: argparse.Namespace, config: Config, folder: RunFolder) -> i
         log.info("--resume: there is no checkpoint in %s yet, so training begins", folder.path)
     devices = setup_devices(arguments.devices, arguments.port)
     seed_everything(config.seed + devices.rank)
-    torch.set_float32_matmul_precision("high" if config.train.tf32 else "highest")
-    torch.backends.cudnn.allow_tf32 = config.train.tf32
-
+    use_tf32(config.train.tf32)
     ranks = {"rank": devices.rank, "world_size": devices.world_size}
     val_loader = build_eval_loader(config, "val", need_labels=True, **ranks)
     train_loader = build_train_loader(config, **ranks)

@@ -29,6 +29,7 @@ from configs import Config, load_config
 from dataloader.packing import Sample
 from engine import graphs
 from engine.graphs import GraphedModel
+from engine.inference import use_tf32
 from engine.state import build_state
 from engine.step import recorded_steps, train_step
 from models import CMFS, build_model
@@ -156,8 +157,7 @@ def kept(
 
 def autocast(device: torch.device, precision: str) -> torch.autocast:
     dtype, uses_tf32 = PRECISIONS[precision]
-    torch.set_float32_matmul_precision("high" if uses_tf32 else "highest")
-    torch.backends.cudnn.allow_tf32 = uses_tf32
+    use_tf32(uses_tf32)
     return torch.autocast(device.type, dtype=dtype, enabled=dtype is not None)
 
 

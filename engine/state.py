@@ -107,6 +107,8 @@ def starting_point(folder: RunFolder, *, resume: bool | str) -> Path | None:
     """
     found = sorted(path.name for path in folder.checkpoints.glob("*.pth"))
     if isinstance(resume, str):
+        if not Path(resume).is_file():
+            raise InputError(f"--resume {resume}: there is no such file")
         if found and Path(resume).resolve().parent != folder.checkpoints.resolve():
             raise InputError(
                 f"{folder.path} already holds a run, and {resume} is not of it; go on from it in "

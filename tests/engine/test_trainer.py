@@ -4,6 +4,7 @@ import inspect
 import json
 import math
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -667,7 +668,9 @@ def test_another_runs_checkpoint_is_resumed_in_an_empty_folder_alone(configure):
     other = str(folder.last_checkpoint)
     assert starting_point(RunFolder(configure(), "new"), resume=other) == folder.last_checkpoint
     with pytest.raises(InputError, match="already holds a run, and .* is not of it"):
-        starting_point(folder, resume=str(folder.path / "epoch-last.pth"))
+        starting_point(folder, resume=str(shutil.copy(other, folder.path / "epoch-last.pth")))
+    with pytest.raises(InputError, match="nowhere.pth: there is no such file"):
+        starting_point(folder, resume=str(folder.path / "nowhere.pth"))
 
 
 def test_a_run_in_a_new_folder_finds_a_best_of_its_own(configure, monkeypatch):
