@@ -127,7 +127,7 @@ def score(
         path,
         config,
         arguments.split,
-        files=loader.dataset.fingerprint(),
+        files=loader.dataset.fingerprint,
         note=arguments.note,
         has_pictures=has_pictures,
     )

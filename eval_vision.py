@@ -121,10 +121,9 @@ def export(
     Where the file is there already, of the same task, it is only read.
     """
     file, names = target / "vision.json", loader.dataset.names
-    files = loader.dataset.fingerprint()
+    files, folders = loader.dataset.fingerprint, ["fused"]
     task = describe_task(path, config, arguments.split, files=files, bits=arguments.bits)
-    again, folders = arguments.again, ["fused"]
-    finished = None if again else finished_result(file, task, "images", names, folders)
+    finished = None if arguments.again else finished_result(file, task, "images", names, folders)
     finished = gather_objects(finished)[0]  # every rank does what the first one does
     if finished is not None:
         log.info("%s has been scored already; --again scores it anew", path)

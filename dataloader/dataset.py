@@ -4,6 +4,7 @@ import hashlib
 import os
 from collections import Counter
 from collections.abc import Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import NamedTuple
 
@@ -77,6 +78,7 @@ class SegmentationPairs(Dataset[Sample]):
     def has_labels(self) -> bool:
         return self.files[0].label is not None
 
+    @cached_property
     def fingerprint(self) -> str:
         """SHA-256 of the names, sizes and times of change of all its files."""
         digest = hashlib.sha256()

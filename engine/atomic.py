@@ -35,17 +35,17 @@ def replacing(path: Path, *, previous: Path | None = None) -> Iterator[BinaryIO]
             os.fsync(file.fileno())
         digest = file_sha256(partial)
         old_digest = read_digest(path)
+        kept.unlink(missing_ok=True)  # of a process that was killed
         if previous is not None and path.exists():
             _link(path, kept)
         digest_file(path).unlink(missing_ok=True)
         os.replace(partial, path)
         _write_digest(path, digest)
-        if previous is not None and kept.exists():
+        if kept.exists():
             digest_file(previous).unlink(missing_ok=True)
             os.replace(kept, previous)
             if old_digest is not None:
                 _write_digest(previous, old_digest)
-        kept.unlink(missing_ok=True)  # of a process that was killed
         _sync_folder(path.parent)
     except BaseException as error:
         for leftover in (partial, kept):

@@ -1,5 +1,6 @@
 """What a result was made with: versions, devices, commit."""
 
+import functools
 import hashlib
 import importlib.metadata
 import os
@@ -49,6 +50,7 @@ def git_commit() -> str | None:
     return f"{commit}-dirty" if _git("status", "--porcelain", "--untracked-files=no") else commit
 
 
+@functools.cache
 def code_sha256() -> str:
     """Of the project's own source files: what a commit says, also of edited or unpacked ones."""
     root = Path(__file__).resolve().parents[1]

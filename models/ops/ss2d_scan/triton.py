@@ -166,12 +166,12 @@ def _reorder_sizes(ordered: Tensor) -> tuple[int, int]:
     return ordered.shape[3], ordered.shape[1] * ordered.shape[2]
 
 
-def _in_one_type(*tensors: Tensor) -> list[Tensor]:
+def _in_one_type(x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
     """A map and the weight of a product with it in one type: autocast's, else the weight's."""
-    kind, dtype = tensors[0].device.type, tensors[-1].dtype
+    kind, dtype = x.device.type, weight.dtype
     if torch.is_autocast_enabled(kind):
         dtype = torch.get_autocast_dtype(kind)
-    return [x.to(dtype) for x in tensors]
+    return x.to(dtype), weight.to(dtype)
 
 
 @torch.library.custom_op("cmfs::project_orders", mutates_args=())
