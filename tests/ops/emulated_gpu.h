@@ -1,14 +1,12 @@
 // Runs CUDA kernels on a CPU for tests: the threads of a block are fibers that take turns, block
 // after block in the order of their tickets. With a seed, warps are held up at random, so that they
 // come in another order. Only what the kernels need.
+// It is compiled once a variant: headers that take long to read are left out.
 #include <cmath>
 #include <cstdint>
-#include <cstdlib>
 #include <cstring>
-#include <functional>
+#include <setjmp.h>
 #include <ucontext.h>
-#include <unordered_set>
-#include <vector>
 
 #define CMFS_EMULATED
 #define __device__
@@ -23,20 +21,24 @@ struct Index { int x; };
 static Index threadIdx, blockIdx;
 alignas(16) static char shared_memory[1 << 18];
 
-struct Fiber { ucontext_t context; bool is_done; };
-static std::vector<Fiber> fibers;
+struct Fiber {
+    ucontext_t start;
+    jmp_buf place;  // where it goes on: unlike swapcontext, a jump is no system call
+    bool has_begun, is_done;
+    alignas(16) char stack[1 << 17];
+};
+static Fiber fibers[1024];
+static int thread_count;
+static jmp_buf scheduler;
 static unsigned chance;  // 0: without
-static std::unordered_set<const void *> handed_on;  // where, in this launch
+static const void *handed_on[1 << 16];  // where, in this launch; each at its hash or behind it
 static bool was_missing;  // something that a block waits for
 static bool has_strayed;  // a write past the shared memory that was asked for
 enum { MISSING = 1, STRAYED = 2 };
-static ucontext_t scheduler;
-static std::vector<char> stacks;
-static const size_t STACK = 1 << 17;
 
 static void yield() {
     int own = threadIdx.x;
-    swapcontext(&fibers[own].context, &scheduler);
+    if (!_setjmp(fibers[own].place)) _longjmp(scheduler, 1);
     threadIdx.x = own;
 }
 
@@ -52,7 +54,7 @@ static Barrier block_barrier, warp_barriers[32];
 static uint32_t lanes[32][2][32];
 static int turns[1024];
 
-static void __syncthreads() { block_barrier.wait((int)fibers.size()); }
+static void __syncthreads() { block_barrier.wait(thread_count); }
 
 template <typename T> static T exchange(T value, int source) {
     int warp = threadIdx.x / 32, lane = threadIdx.x % 32, turn = turns[threadIdx.x]++ % 2;
@@ -140,10 +142,16 @@ static void __syncwarp() { warp_barriers[threadIdx.x / 32].wait(32); }
 static int read_flag(const int *flag) { return *(volatile const int *)flag; }
 static void write_flag(int *flag, int value) { *flag = value; }
 #define WHILE_WAITING yield()
+static const void *&find_handed(const void *at) {
+    const size_t size = sizeof handed_on / sizeof *handed_on;
+    size_t place = (uintptr_t)at / 4 * 2654435761u % size;
+    while (handed_on[place] && handed_on[place] != at) place = (place + 1) % size;
+    return handed_on[place];
+}
 static void read_handed(const void *at, bool is_read, unsigned &x) {
     if (!is_read) return;
     memcpy(&x, at, sizeof x);
-    if (chance && handed_on.count(at)) {
+    if (chance && find_handed(at)) {
         chance = chance * 1664525u + 1013904223u;
         if (chance >> 30 == 0) x = 0xffffffffu;
         return;
@@ -155,35 +163,44 @@ static void read_handed(const void *at, bool is_read, unsigned &x) {
 }
 static void write_handed(void *at, unsigned x) {
     memcpy(at, &x, sizeof x);
-    handed_on.insert(at);
+    if (chance) find_handed(at) = at;
 }
 #endif
 
-static std::function<void()> kernel;
+static void (*kernel)(const void *);
+static const void *arguments;
 static void run_thread() {
-    kernel();
+    kernel(arguments);
     fibers[threadIdx.x].is_done = true;
-    swapcontext(&fibers[threadIdx.x].context, &scheduler);
+    _longjmp(scheduler, 1);
+}
+static void resume(Fiber &fiber) {
+    if (_setjmp(scheduler)) return;
+    if (fiber.has_begun) _longjmp(fiber.place, 1);
+    fiber.has_begun = true;
+    setcontext(&fiber.start);
 }
 
 static int launch(int blocks, int threads, size_t shared_bytes, unsigned seed,
-                  std::function<void()> body) {
-    kernel = body;
+                  void (*given_kernel)(const void *), const void *given) {
+    kernel = given_kernel;
+    arguments = given;
+    thread_count = threads;
     chance = seed;
-    handed_on.clear();
+    if (seed) memset(handed_on, 0, sizeof handed_on);
     was_missing = false;
     has_strayed = shared_bytes > sizeof shared_memory;
-    stacks.resize(STACK * threads);
     for (int block = 0; block < blocks; block++) {
         blockIdx.x = block;
         memset(shared_memory, 0xff, sizeof shared_memory);  // NaN, also past what was asked for
-        fibers.assign(threads, {});
         for (int i = 0; i < threads; i++) {
-            getcontext(&fibers[i].context);
-            fibers[i].context.uc_stack.ss_sp = stacks.data() + STACK * i;
-            fibers[i].context.uc_stack.ss_size = STACK;
-            fibers[i].context.uc_link = nullptr;
-            makecontext(&fibers[i].context, run_thread, 0);
+            Fiber &fiber = fibers[i];
+            fiber.has_begun = fiber.is_done = false;
+            getcontext(&fiber.start);
+            fiber.start.uc_stack.ss_sp = fiber.stack;
+            fiber.start.uc_stack.ss_size = sizeof fiber.stack;
+            fiber.start.uc_link = nullptr;
+            makecontext(&fiber.start, run_thread, 0);
         }
         for (bool is_running = true; is_running;) {
             is_running = false;
@@ -197,7 +214,7 @@ static int launch(int blocks, int threads, size_t shared_bytes, unsigned seed,
                 is_running = true;
                 if (is_held_up) continue;
                 threadIdx.x = i;
-                swapcontext(&scheduler, &fibers[i].context);
+                resume(fibers[i]);
             }
         }
         for (size_t i = shared_bytes; i < sizeof shared_memory; i++)
@@ -219,7 +236,8 @@ void from_float(float x, bf16 &out) {
 #define LAUNCHER(name, Arguments)                                                             \
     extern "C" int launch_##name(int blocks, int threads, int bytes, unsigned seed,           \
                                  const Arguments *given) {                                    \
-        return launch(blocks, threads, bytes, seed, [=] { name(*given); });                   \
+        auto run = [](const void *own) { name(*(const Arguments *)own); };                    \
+        return launch(blocks, threads, bytes, seed, run, given);                              \
     }
 #ifdef SEGMENT
 #if BACKWARD

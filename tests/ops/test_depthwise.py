@@ -148,18 +148,17 @@ def test_kernels_in_the_interpreter():
 
 
 @interpreted
-@pytest.mark.parametrize(("has_bias", "activation"), [KINDS[0], KINDS[-1]], ids=str)
 @pytest.mark.parametrize("kernel", KERNELS, ids=str)
 @pytest.mark.parametrize("shape", SMALL, ids=str)
-def test_interpreted_equals_reference(shape, kernel, has_bias, activation):
-    inputs = make_inputs(shape, kernel, has_bias=has_bias)
-    assert_same(inputs, activation, TOLERANCE[torch.float32])
+def test_interpreted_equals_reference(shape, kernel):
+    assert_same(make_inputs(shape, kernel), "silu", TOLERANCE[torch.float32])
 
 
 @interpreted
-@pytest.mark.parametrize(("has_bias", "activation"), KINDS[1:-1], ids=str)
-def test_interpreted_bias_without_activation_and_activation_without_bias(has_bias, activation):
-    inputs = make_inputs((2, 2, 5, 6), (3, 3), has_bias=has_bias)
+@pytest.mark.parametrize(("has_bias", "activation"), KINDS[1:], ids=str)
+@pytest.mark.parametrize("kernel", [(3, 3), (1, 11)], ids=str)
+def test_interpreted_without_bias_or_activation(kernel, has_bias, activation):
+    inputs = make_inputs((2, 2, 5, 6), kernel, has_bias=has_bias)
     assert_same(inputs, activation, TOLERANCE[torch.float32])
 
 
@@ -236,7 +235,7 @@ def test_interpreted_autocast_gives_its_type(dtype):
 
 
 @interpreted
-@pytest.mark.parametrize(("has_bias", "activation"), KINDS, ids=str)
+@pytest.mark.parametrize(("has_bias", "activation"), [KINDS[0], KINDS[-1]], ids=str)
 def test_interpreted_operators_are_well_registered(has_bias, activation):
     from models.ops.depthwise import triton as module
 

@@ -99,8 +99,7 @@ def name_of(case):
     return "-".join([kernel.__name__, *kinds])
 
 
-@pytest.mark.parametrize("are_one", [False, True], ids=["sizes", "ones"])
-@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+@pytest.mark.parametrize(("dtype", "are_one"), [("fp32", True), ("bf16", False)])
 @pytest.mark.parametrize("case", CASES, ids=name_of)
 def test_compiles(case, dtype, are_one, tmp_path, monkeypatch):
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))

@@ -38,7 +38,7 @@ CASES = {
     "mamba convolution": (conv_silu, [TOKENS, (4, 4), (4,)]),
     "gate": (ungated, [TOKENS, TOKENS]),
     "selective scan": (selective_scan, [TOKENS, TOKENS, (4, 2), (2, 1, 2, 9), (2, 1, 2, 9)]),
-    "four directions": (ss2d_scan, [MAP, (4, 5, 3), (4, 3, 1), (4, 3), (12, 2), (12,)]),
+    "four directions": (ss2d_scan, [(2, 2, 2, 3), (4, 3, 2), (4, 2, 1), (4, 2), (8, 1), (8,)]),
 }
 
 
