@@ -105,9 +105,9 @@ def forward_once(
     model: nn.Module, config: Config, device: torch.device, precision: str
 ) -> Callable[[], None]:
     batch = random_batch(config, device, 1)
+    model.eval()  # once, as predict() wants it: it visits all layers, for milliseconds
 
     def run() -> None:
-        model.eval()
         with torch.inference_mode(), autocast(device, precision):
             model(batch.rgb, batch.thermal)
 
@@ -125,9 +125,9 @@ def step_once(
     config = config.model_copy(update={"train": train})
     state = build_state(config, model, Devices(device, 0, 0, 1), steps_per_epoch=1)
     batch = random_batch(config, device, train.batch_size)
+    model.train()
 
     def run() -> None:
-        model.train()
         autocast(device, precision)  # sets TF32
         train_step(state, batch, config)
 

@@ -106,29 +106,6 @@ __device__ inline void begin_steps(const Scan &scan, const Place &place, const S
 #endif
 }
 
-// y of a channel. Where all walk forwards two neighbouring lanes write the tokens of one of them,
-// then those of the other: the 32 bytes that memory takes at once, not half of them twice. Where dt
-// is made here, and of half precision, that gains nothing.
-__device__ inline void store_outputs(const Place &place, const Self &self, const Rows &rows,
-                                     TOKENS *first, const float (&y)[STEPS]) {
-    static_assert(STEPS == 8, "two pieces");
-    if (REVERSIBLE || !ALIGNED || sizeof(TOKENS) < 4) {
-        store_tokens(first, rows.left[0], place.reversed, y);
-        return;
-    }
-    bool is_later = self.lane % 2;  // of the two
-    Four<TOKENS> own, other;
-#pragma unroll
-    for (int i = 0; i < 4; i++) {
-        from_float(is_later ? y[4 + i] : y[i], own.value[i]);
-        from_float(__shfl_xor_sync(ALL, is_later ? y[i] : y[4 + i], 1), other.value[i]);
-    }
-    int earlier = is_later ? -4 : 0, later = is_later ? 4 : 8;  // steps from the lane's first on
-    if (!rows.is_there[0]) return;
-    if (earlier < rows.left[0]) *(Four<TOKENS> *)(first + earlier) = is_later ? other : own;
-    if (later < rows.left[0]) *(Four<TOKENS> *)(first + later) = is_later ? own : other;
-}
-
 #if !BACKWARD
 extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) forward(const Scan scan) {
     DYNAMIC_SHARED(float4, shared);
@@ -192,7 +169,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) forward(const Scan
         if (hands_on && is_there) write_handed(scan.borders + way_out, __float_as_uint(last));
         state[0] = from_lane_before(last, fmaf(before.decay, carry, before.end), self.lane);
         add_outputs(decay, input, b, c, state, y);
-        store_outputs(place, self, rows, scan.y + place.own + rows.tokens, y[0]);
+        store_tokens(scan.y + place.own + rows.tokens, rows.left[0], place.reversed, y[0]);
         rows = rows_after(scan, self, rows);
         way_out += BLOCK_ROWS;
     }
