@@ -16,8 +16,10 @@ from models.ops.channel_norm import kernels as norms  # noqa: E402
 from models.ops.depthwise import kernels as planes  # noqa: E402
 from models.ops.epilogue import kernels as epilogues  # noqa: E402
 from models.ops.mamba_path import kernels as paths  # noqa: E402
+from models.ops.padding import kernels as paddings  # noqa: E402
 from models.ops.resize import kernels as resizes  # noqa: E402
 from models.ops.selective_scan import kernels as rows  # noqa: E402
+from models.ops.sobel import kernels as sobels  # noqa: E402
 from models.ops.ss2d_scan import kernels as maps  # noqa: E402
 from models.ops.ss2d_scan import products  # noqa: E402
 
@@ -33,7 +35,7 @@ SIZES |= {"reversed_sets", "columns", "tiles", "rounds", "stride", "z_stride"}
 SIZES |= {"outer_stride", "middle_stride", "inner_stride", "middle", "inner"}
 SIZES |= {"weight_outer_stride", "weight_middle_stride", "weight_inner_stride"}
 SIZES |= {"height", "width", "strips", "x_stride", "grad_stride"}
-SIZES |= {"residual_stride", "planes", "new_width"}
+SIZES |= {"residual_stride", "planes", "new_width", "padded_width", "left", "top"}
 INDICES = {"pixels", "steps"}
 FLOAT32 = {"A", "ends", "spans", "states", "gradients", "grad_rows", "grad_matrices", "parts"}
 FLOAT32 |= {"mean", "rstd", "of_x", "of_weight"}
@@ -42,6 +44,7 @@ TILE = {"ROWS": 2, "LANES": 32, "STEPS": 2}
 WARPS = {"ROWS": 8, "WARPS": 4}  # two rows in each warp
 ABSENT = {"ACTIVATION": None, "bias": None, "factor": None}
 MAPS = {"ROWS": 4, "PIXELS": 128}
+PLANES = {"PLANES": 4, "PIXELS": 128}
 PRODUCT = {"ROWS": 64, "COLUMNS": 128, "TOKENS": 32}
 GRADIENTS = {"ROWS": 64, "COLUMNS": 16, "TOKENS": 64}
 LANES = {"KH": 3, "KW": 3, "PAIR": 4, "ROWS": 4, "LANES": 32}
@@ -75,7 +78,12 @@ CASES = [
     (planes._conv_kernel, {"SILU": False, "FLIP": True, **LANES, "bias": None, "PAIR": 0}),
     (planes._sums_kernel, {"SILU": True, **LANES}),
     (planes._sums_kernel, {"SILU": False, **LANES, "bias": None, "KW": 11, "KH": 1}),
-    (resizes._resize_kernel, {"PLANES": 4, "PIXELS": 128}),
+    (resizes._resize_kernel, PLANES),
+    (paddings._pad_kernel, PLANES),
+    (paddings._pad_gradient_kernel, {"LEFT": 1, "RIGHT": 1, "TOP": 1, "BOTTOM": 1, **PLANES}),
+    (paddings._pad_gradient_kernel, {"LEFT": 0, "RIGHT": 3, "TOP": 0, "BOTTOM": 0, **PLANES}),
+    (sobels._sobel_kernel, PLANES),
+    (sobels._sobel_gradient_kernel, PLANES),
     *(
         (kernel, {"ACTIVATION": activation, "VECTOR": vector, **MAPS})
         for kernel in EPILOGUES

@@ -1,0 +1,50 @@
+"""Hands a replicate padding to a backend."""
+
+import torch
+from torch import Tensor
+
+from models.ops.padding.reference import replicate_pad_reference
+from models.ops.triton_support import has_triton
+
+
+def replicate_pad(
+    x: Tensor, left: int, right: int, top: int, bottom: int, *, backend: str = "auto"
+) -> Tensor:
+    """F.pad in mode "replicate", with a gradient of its own; x itself where nothing is added.
+
+    Args:
+        x: (B, C, H, W).
+        left, right, top, bottom: pixels to add, none negative.
+        backend: "reference", "triton", or "auto": triton on a GPU, unless x is float64.
+    Returns:
+        (B, C, top + H + bottom, left + W + right), in x's dtype.
+    Raises:
+        ValueError: an unknown backend, an empty map, or a negative side.
+    """
+    if x.dim() != 4 or min(x.shape[2:]) < 1 or min(left, right, top, bottom) < 0:
+        raise ValueError(
+            f"replicate_pad takes (B, C, H, W) of one pixel at least and sides of 0 at least, got "
+            f"{tuple(x.shape)} and {(left, right, top, bottom)}"
+        )
+    if backend not in ("auto", "reference", "triton"):
+        raise ValueError(
+            f"unknown replicate_pad backend '{backend}'; known: auto, reference, triton"
+        )
+    if not (left or right or top or bottom):
+        return x
+    if backend == "auto":
+        is_fast = x.is_cuda and x.dtype != torch.float64 and has_triton()
+        backend = "triton" if is_fast else "reference"
+    if backend == "reference":
+        return replicate_pad_reference(x, left, right, top, bottom)
+    from models.ops.padding.triton import replicate_pad_triton
+
+    return replicate_pad_triton(x, left, right, top, bottom)
+
+
+def crop(x: Tensor, hw: tuple[int, int]) -> Tensor:
+    """The top left (H, W) of a map; x itself where that is all of it.
+
+    Even of a whole map a slice's gradient would be filled with zeros first, then copied.
+    """
+    return x if x.shape[-2:] == hw else x[..., : hw[0], : hw[1]]
