@@ -20,6 +20,7 @@ from models.layers import (
 )
 from models.ops.haar import haar_dwt2, haar_idwt2
 from models.ops.padding import crop
+from models.ops.phase import with_magnitude
 from models.ss2d import SS2D
 
 
@@ -114,24 +115,9 @@ class FourierBranch(nn.Module):
         x = torch.cat([spatial, wavelet], dim=1)
         with torch.autocast(x.device.type, enabled=False):
             spectrum = torch.fft.rfft2(at_least_float32(x), norm="ortho")
-            x = self.magnitude(spectrum.abs()) * phase_of(spectrum)
+            x = with_magnitude(spectrum, self.magnitude(spectrum.abs()))
             x = torch.fft.irfft2(x, s=spatial.shape[-2:], norm="ortho")
         return self.gate(F.gelu(self.depthwise(self.reduce(x))))
-
-
-def phase_of(spectrum: Tensor) -> Tensor:
-    """spectrum / |spectrum|, or 0 where it is 0; (..., H, W) complex, a map of frequencies.
-
-    Its gradient is one over the magnitude, and a single frequency that nearly cancels would drown
-    all others. Below a hundredth of the mean magnitude of its map it grows no further.
-    """
-    phase = torch.sgn(spectrum)
-    if not phase.requires_grad:
-        return phase
-    magnitude = spectrum.detach().abs()
-    least = 0.01 * magnitude.mean((-2, -1), keepdim=True)
-    share = magnitude / torch.maximum(magnitude, least).clamp_min(torch.finfo(least.dtype).tiny)
-    return phase.detach() + (phase - phase.detach()) * share
 
 
 def tile_bands(low: Tensor, highs: list[Tensor]) -> Tensor:

@@ -8,7 +8,6 @@ from models.fsc import (
     FrequencySpatialCollaboration,
     SpatialBranch,
     WaveletBranch,
-    phase_of,
     tile_bands,
     untile_bands,
 )
@@ -134,36 +133,3 @@ def test_a_sum_that_cancels_does_not_blow_up_the_gradient():
         branch(pixels, pixels).square().mean().backward()
         norms.append(pixels.grad.norm())
     assert norms[0] < 3 * norms[1]
-
-
-class TestPhase:
-    def spectrum(self):
-        """Frequencies of which one nearly cancels and one is 0, as is the whole last map."""
-        spectrum = torch.randn(2, 3, 8, 7, dtype=torch.complex64)
-        spectrum[0, 0, 2, 3] *= 1e-6
-        spectrum[1, 0, 4, 1] = 0
-        spectrum[1, 2] = 0
-        return spectrum.requires_grad_()
-
-    def test_is_the_spectrum_over_its_magnitude(self):
-        spectrum = self.spectrum()
-        torch.testing.assert_close(phase_of(spectrum), torch.sgn(spectrum), rtol=0, atol=0)
-
-    def test_gradient_is_that_of_the_quotient(self):
-        spectrum = self.spectrum()
-        is_known = spectrum.detach().abs() > 0.02
-        weight = torch.randn_like(spectrum.detach()) * is_known
-        (expected,) = torch.autograd.grad(torch.sgn(spectrum), spectrum, weight)
-        (given,) = torch.autograd.grad(phase_of(spectrum), spectrum, weight)
-        torch.testing.assert_close(given, expected)
-        assert (given.abs() > 0).sum() > 200
-
-    def test_gradient_is_limited_where_a_frequency_nearly_cancels(self):
-        spectrum = self.spectrum()
-        weight = torch.randn_like(spectrum.detach())
-        (given,) = torch.autograd.grad(phase_of(spectrum), spectrum, weight)
-        means = spectrum.detach().abs().mean((-2, -1), keepdim=True)
-        assert given.isfinite().all()
-        assert (given.abs() <= 1.001 * weight.abs() * 100 / means).all()
-        assert given[0, 0, 2, 3].abs() > 0
-        assert (given[1, 2] == 0).all()

@@ -17,6 +17,7 @@ from models.ops.depthwise import kernels as planes  # noqa: E402
 from models.ops.epilogue import kernels as epilogues  # noqa: E402
 from models.ops.mamba_path import kernels as paths  # noqa: E402
 from models.ops.padding import kernels as paddings  # noqa: E402
+from models.ops.phase import kernels as phases  # noqa: E402
 from models.ops.resize import kernels as resizes  # noqa: E402
 from models.ops.selective_scan import kernels as rows  # noqa: E402
 from models.ops.sobel import kernels as sobels  # noqa: E402
@@ -35,7 +36,7 @@ SIZES |= {"reversed_sets", "columns", "tiles", "rounds", "stride", "z_stride"}
 SIZES |= {"outer_stride", "middle_stride", "inner_stride", "middle", "inner"}
 SIZES |= {"weight_outer_stride", "weight_middle_stride", "weight_inner_stride"}
 SIZES |= {"height", "width", "strips", "x_stride", "grad_stride"}
-SIZES |= {"residual_stride", "planes", "new_width", "padded_width", "left", "top"}
+SIZES |= {"residual_stride", "planes", "new_width", "padded_width", "left", "top", "frequencies"}
 INDICES = {"pixels", "steps"}
 FLOAT32 = {"A", "ends", "spans", "states", "gradients", "grad_rows", "grad_matrices", "parts"}
 FLOAT32 |= {"mean", "rstd", "of_x", "of_weight"}
@@ -82,6 +83,8 @@ CASES = [
     (paddings._pad_kernel, PLANES),
     (paddings._pad_gradient_kernel, {"LEFT": 1, "RIGHT": 1, "TOP": 1, "BOTTOM": 1, **PLANES}),
     (paddings._pad_gradient_kernel, {"LEFT": 0, "RIGHT": 3, "TOP": 0, "BOTTOM": 0, **PLANES}),
+    (phases._with_magnitude_kernel, {"BLOCK": 128}),
+    (phases._with_magnitude_gradient_kernel, {"BLOCK": 128}),
     (sobels._sobel_kernel, PLANES),
     (sobels._sobel_gradient_kernel, PLANES),
     *(
