@@ -26,7 +26,10 @@ from models.ops.channel_norm import channel_norm
 from models.ops.depthwise import depthwise_conv
 from models.ops.epilogue import epilogue
 from models.ops.mamba_path import conv_silu, gate
+from models.ops.padding import replicate_pad
+from models.ops.phase import with_magnitude
 from models.ops.resize import bilinear_resize
+from models.ops.sobel import sobel
 from utils.environment import environment_info
 
 Call = Callable[..., Tensor]  # of tensors and a backend's name
@@ -44,10 +47,22 @@ silu = functools.partial(depthwise_conv, activation="silu")
 gelu = functools.partial(epilogue, activation="gelu")
 to_image = functools.partial(bilinear_resize, hw=(480, 640))
 to_stride_4 = functools.partial(bilinear_resize, hw=(120, 160))
+with_border = functools.partial(replicate_pad, left=1, right=1, top=1, bottom=1)
 
 
 def ungated(y: Tensor, z: Tensor, *, backend: str) -> Tensor:
     return gate(y, None, z, backend=backend)
+
+
+def edges(x: Tensor, *, backend: str) -> Tensor:
+    """Both Sobel gradients, added in a pass that is PyTorch's for either backend."""
+    return torch.add(*sobel(x, backend=backend))
+
+
+def rephased(real: Tensor, imaginary: Tensor, magnitude: Tensor, *, backend: str) -> Tensor:
+    """Always in float32; the passes that make a complex map are PyTorch's for either backend."""
+    spectrum = torch.complex(real.float(), imaginary.float())
+    return with_magnitude(spectrum, magnitude.float(), backend=backend)
 
 
 # name, function, shape of a map without the batch, how many maps, shapes of the parameters
@@ -67,6 +82,9 @@ CASES: list[tuple[str, Call, tuple[int, ...], int, list[tuple[int, ...]]]] = [
     ("z gate", ungated, (1024, 19200), 2, []),
     ("resize to 480x640", to_image, (16, 120, 160), 1, []),
     ("resize to 120x160", to_stride_4, (512, 30, 40), 1, []),
+    ("border repeated", with_border, (136, 480, 640), 1, []),
+    ("Sobel, both added", edges, (16, 480, 640), 1, []),
+    ("spectrum's magnitude", rephased, (192, 120, 81), 3, []),
 ]
 
 
