@@ -70,6 +70,8 @@ class DataConfig(_Section):
 
     @model_validator(mode="after")
     def _each_class_once(self) -> "DataConfig":
+        if not all(name.strip() for name in self.class_names):
+            raise ValueError(f"data.class_names has a blank one: {list(self.class_names)}")
         repeated = {name for name in self.class_names if self.class_names.count(name) > 1}
         if repeated:
             raise ValueError(f"data.class_names has more than once: {', '.join(sorted(repeated))}")

@@ -214,6 +214,13 @@ def check_steps(steps: list[StepResult], state: TrainingState, config: Config) -
         )
     for description in bad_steps:
         log.warning("left out: %s", description)
+    # Of pixels with a class the cross-entropy is above 0.
+    if config.loss.segmentation_weight > 0 and summary.losses.get("segmentation") == 0:
+        log.warning(
+            "not one pixel of steps %d to %d has a class: all are 255 (unknown), of images such as "
+            "%s; tools/check_dataset.py counts a set's classes",
+            *(steps[0].step, steps[-1].step, ", ".join(steps[-1].images[:3])),
+        )
     return summary
 
 

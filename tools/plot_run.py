@@ -83,18 +83,12 @@ def read_run(folder: Path) -> Run:
     path = folder / "metrics.jsonl"
     if not path.is_file():
         raise InputError(f"{folder} is no run: it holds no metrics.jsonl")
-    lines = path.read_text(encoding="utf-8").split("\n")[:-1]  # without one that is being written
     try:
-        entries = [json.loads(line) for line in lines]
-    except json.JSONDecodeError as error:
-        raise InputError(f"{path} is no metrics.jsonl of train.py: {error}") from error
-    if not entries:
+        curves = _logged(path.read_text(encoding="utf-8"))
+    except (ValueError, TypeError, KeyError) as error:
+        raise InputError(f"{path} is no metrics.jsonl of train.py: {error!r}") from error
+    if not curves:
         raise InputError(f"{path} is empty: the run has not logged a step yet")
-    curves = {}
-    for key in PANELS:
-        points = [(entry["step"], entry[key]) for entry in entries if key in entry]
-        if points:
-            curves[key] = Curve(*np.array(points, float).T)
     for key in ("loss", "loss_segmentation", "loss_fusion", "images_per_s"):
         if key in curves:
             curves[key] = smooth(curves[key], len(curves[key].steps) // 50)
@@ -102,6 +96,14 @@ def read_run(folder: Path) -> Run:
     if points:
         curves["val/miou"] = Curve(*np.array(points, float).T)
     return Run(f"{folder.resolve().parent.name}/{folder.resolve().name}", curves)
+
+
+def _logged(text: str) -> dict[str, Curve]:
+    """The curves of a metrics.jsonl, without a last line that is being written."""
+    entries = [json.loads(line) for line in text.split("\n")[:-1]]
+    points = {key: [(entry["step"], entry[key]) for entry in entries if key in entry]
+              for key in PANELS}  # fmt: skip
+    return {key: Curve(*np.array(found, float).T) for key, found in points.items() if found}
 
 
 def smooth(curve: Curve, width: int) -> Curve:

@@ -56,6 +56,10 @@ def test_defect_7_an_unknown_name_is_an_error_with_the_nearest():
         ("train.crop=[1,", "not a YAML value"),
         ("data.class_names=[a,b,c]", "palette has 9 colours for 3 classes"),
         ("data.class_names=[a,b,c,d,e,f,b,h,i]", "data.class_names has more than once: b"),
+        (
+            "data.class_names=[a,b,' ',d,e,f,g,h,i]",
+            r"class_names has a blank one: \['a', 'b',",
+        ),
         ("train.warmup_epochs=.inf", "train.warmup_epochs: .*finite"),
         ("loss.rgb_gamma=.nan", "loss.rgb_gamma: "),
     ],

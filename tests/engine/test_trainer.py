@@ -394,6 +394,24 @@ def test_bad_steps_up_to_the_limit_are_left_out(configure, monkeypatch, no_valid
     assert load_checkpoint(RunFolder(config).last_checkpoint).step == 8
 
 
+def test_labels_without_a_class_are_said(configure, monkeypatch, no_validation, caplog):
+    """Of steps 3 and 4, and of half of step 5, which says nothing yet."""
+    real, steps = step.joint_loss, iter(range(1, 10**6))
+
+    def joint_loss(output, batch, *arguments):
+        now = next(steps)
+        unknown = torch.full_like(batch.label, 255)
+        unknown[1:] = batch.label[1:] if now == 5 else 255
+        label = unknown if now in (3, 4, 5) else batch.label
+        return real(output, batch._replace(label=label), *arguments)
+
+    monkeypatch.setattr(step, "joint_loss", joint_loss)
+    run(configure("train.max_steps=6", "train.log_every=2"))
+    found = [r.getMessage() for r in caplog.records if "has a class" in r.getMessage()]
+    assert len(found) == 1
+    assert found[0].startswith("not one pixel of steps 3 to 4 has a class: all are 255 (unknown)")
+
+
 def test_a_full_gpu_ends_the_run_with_its_numbers(configure, monkeypatch, no_validation):
     def fill(now, parts):
         if now == 2:

@@ -109,11 +109,15 @@ def test_smoothing_keeps_short_curves():
         (None, "holds no metrics.jsonl"),
         ("", "has not logged a step"),
         ("<html>\n", "is no metrics"),
+        ('{"loss": 1.0}\n', "is no metrics.*'step'"),
+        ('["loss"]\n', "is no metrics"),
+        ('{"step": 1, "loss": "low"}\n', "is no metrics"),
+        ('{"step": 1, "lo\xff', "is no metrics"),
     ],
 )
 def test_what_is_no_run_is_said(tmp_path, content, message):
     if content is not None:
-        (tmp_path / "metrics.jsonl").write_text(content)
+        (tmp_path / "metrics.jsonl").write_text(content, encoding="latin-1")
     with pytest.raises(InputError, match=message):
         main([str(tmp_path)])
     assert not (tmp_path / "curves.png").exists()
