@@ -4,12 +4,33 @@ import contextlib
 import functools
 import importlib.util
 import os
+from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 # On a CPU, for tests; chosen when triton is imported.
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+
+
+class PlaneTile(NamedTuple):
+    """What a program has of maps (planes, pixels): some pixels of some of them, in turn."""
+
+    planes: int
+    pixels: int
+    warps: int
+
+    def grid(self, planes: int, pixels: int) -> tuple[int, int]:
+        """Programs that maps take."""
+        return -(-pixels // self.pixels), -(-planes // self.planes)
+
+    def options(self) -> dict[str, int]:
+        """Keyword arguments of a launch."""
+        return {"PLANES": self.planes, "PIXELS": self.pixels, "num_warps": self.warps}
+
+
+PLANE_TILE = PlaneTile(2, 16, 4) if INTERPRETED else PlaneTile(4, 512, 4)
 _HAS_TRITON = importlib.util.find_spec("triton") is not None
 
 
@@ -32,6 +53,32 @@ def _triton_version() -> tuple[int, ...]:
     import triton
 
     return tuple(map(int, triton.__version__.split(".")[:2]))
+
+
+def pick_backend(
+    function: str,
+    backend: str,
+    x: Tensor,
+    *,
+    dtype: torch.dtype | None = None,
+    is_there: Callable[[], bool] = has_triton,
+) -> str:
+    """ "reference" or "triton"; of "auto" triton on a GPU, unless in float64.
+
+    Args:
+        function: its name in the message.
+        x: what it is called with.
+        dtype: in which it computes, if not x's.
+        is_there: whether triton can run it.
+    Raises:
+        ValueError: an unknown backend.
+    """
+    if backend == "auto":
+        is_wide = (dtype or x.dtype) in (torch.float64, torch.complex128)
+        return "triton" if x.is_cuda and not is_wide and is_there() else "reference"
+    if backend not in ("reference", "triton"):
+        raise ValueError(f"unknown {function} backend '{backend}'; known: auto, reference, triton")
+    return backend
 
 
 def check_tensor(backend: str, x: Tensor, *, for_float64: str) -> None:

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from models.ops.channel_norm.reference import channel_norm_reference
-from models.ops.triton_support import has_triton
+from models.ops.triton_support import pick_backend
 
 
 def channel_norm(
@@ -40,16 +40,11 @@ def channel_norm(
     dtype = x.dtype
     if torch.is_autocast_enabled(x.device.type) and dtype != torch.float64:
         dtype = torch.float32 if is_wide else torch.get_autocast_dtype(x.device.type)
-    if backend == "auto":
-        is_fast = x.is_cuda and x.dtype != torch.float64 and has_triton()
-        backend = "triton" if is_fast else "reference"
-    if backend == "reference":
+    if pick_backend("channel_norm", backend, x) == "reference":
         # rms_norm warns of a map that is narrower than its weight
         wide = torch.promote_types(dtype, torch.float32 if bias is None else dtype)
         x = x.to(torch.promote_types(x.dtype, wide))
         return channel_norm_reference(x, weight, bias, eps).to(dtype)
-    if backend == "triton":
-        from models.ops.channel_norm.triton import channel_norm_triton
+    from models.ops.channel_norm.triton import channel_norm_triton
 
-        return channel_norm_triton(x, weight, bias, eps, dtype)
-    raise ValueError(f"unknown channel_norm backend '{backend}'; known: auto, reference, triton")
+    return channel_norm_triton(x, weight, bias, eps, dtype)

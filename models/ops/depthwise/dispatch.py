@@ -1,10 +1,9 @@
 """Checks the arguments of a depthwise convolution and hands them to a backend."""
 
-import torch
 from torch import Tensor
 
 from models.ops.depthwise.reference import depthwise_conv_reference
-from models.ops.triton_support import has_triton_tuples
+from models.ops.triton_support import has_triton_tuples, pick_backend
 
 
 def depthwise_conv(
@@ -31,16 +30,12 @@ def depthwise_conv(
     _check_shapes(x, weight, bias)
     if activation not in (None, "silu"):
         raise ValueError(f"unknown activation '{activation}'; known: None, silu")
-    if backend == "auto":
-        is_fast = x.is_cuda and x.dtype != torch.float64 and has_triton_tuples()
-        backend = "triton" if is_fast else "reference"
+    backend = pick_backend("depthwise_conv", backend, x, is_there=has_triton_tuples)
     if backend == "reference":
         return depthwise_conv_reference(x, weight, bias, activation)
-    if backend == "triton":
-        from models.ops.depthwise.triton import depthwise_conv_triton
+    from models.ops.depthwise.triton import depthwise_conv_triton
 
-        return depthwise_conv_triton(x, weight, bias, activation)
-    raise ValueError(f"unknown depthwise_conv backend '{backend}'; known: auto, reference, triton")
+    return depthwise_conv_triton(x, weight, bias, activation)
 
 
 def _check_shapes(x: Tensor, weight: Tensor, bias: Tensor | None) -> None:

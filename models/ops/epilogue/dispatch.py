@@ -1,10 +1,9 @@
 """Checks the arguments of what follows a convolution and hands them to a backend."""
 
-import torch
 from torch import Tensor
 
 from models.ops.epilogue.reference import ACTIVATIONS, epilogue_reference, result_dtype
-from models.ops.triton_support import has_triton
+from models.ops.triton_support import pick_backend
 
 
 def epilogue(
@@ -36,16 +35,11 @@ def epilogue(
     _check(x, bias, activation, factor, residual)
     if bias is activation is factor is residual is None:
         return x
-    if backend == "auto":
-        is_fast = x.is_cuda and result_dtype(x, residual) != torch.float64 and has_triton()
-        backend = "triton" if is_fast else "reference"
-    if backend == "reference":
+    if pick_backend("epilogue", backend, x, dtype=result_dtype(x, residual)) == "reference":
         return epilogue_reference(x, bias, activation, factor, residual)
-    if backend == "triton":
-        from models.ops.epilogue.triton import epilogue_triton
+    from models.ops.epilogue.triton import epilogue_triton
 
-        return epilogue_triton(x, bias, activation, factor, residual)
-    raise ValueError(f"unknown epilogue backend '{backend}'; known: auto, reference, triton")
+    return epilogue_triton(x, bias, activation, factor, residual)
 
 
 def _check(

@@ -1,10 +1,9 @@
 """Checks the arguments of the parts around a Mamba scan and hands them to a backend."""
 
-import torch
 from torch import Tensor
 
 from models.ops.mamba_path.reference import conv_silu_reference, gate_reference
-from models.ops.triton_support import has_triton
+from models.ops.triton_support import pick_backend
 
 
 def conv_silu(
@@ -27,7 +26,7 @@ def conv_silu(
             f"conv_silu takes (B, D, L), (D, K) and (D,), got {tuple(x.shape)}, "
             f"{tuple(weight.shape)}, {tuple(bias.shape)}"
         )
-    if _backend(backend, x) == "reference":
+    if pick_backend("conv_silu", backend, x) == "reference":
         return conv_silu_reference(x, weight, bias, flip)
     from models.ops.mamba_path.triton import conv_silu_triton
 
@@ -43,16 +42,8 @@ def gate(y: Tensor, flipped: Tensor | None, z: Tensor, *, backend: str = "auto")
     if any(x is not None and x.shape != z.shape for x in (y, flipped)):
         shapes = [None if x is None else tuple(x.shape) for x in (y, flipped, z)]
         raise ValueError(f"gate takes tensors of one shape, got {shapes}")
-    if _backend(backend, z) == "reference":
+    if pick_backend("gate", backend, z) == "reference":
         return gate_reference(y, flipped, z)
     from models.ops.mamba_path.triton import gate_triton
 
     return gate_triton(y, flipped, z)
-
-
-def _backend(name: str, x: Tensor) -> str:
-    if name == "auto":
-        return "triton" if x.is_cuda and x.dtype != torch.float64 and has_triton() else "reference"
-    if name not in ("reference", "triton"):
-        raise ValueError(f"unknown backend '{name}'; known: auto, reference, triton")
-    return name

@@ -1,10 +1,9 @@
 """Hands a replicate padding to a backend."""
 
-import torch
 from torch import Tensor
 
 from models.ops.padding.reference import replicate_pad_reference
-from models.ops.triton_support import has_triton
+from models.ops.triton_support import pick_backend
 
 
 def replicate_pad(
@@ -26,15 +25,9 @@ def replicate_pad(
             f"replicate_pad takes (B, C, H, W) of one pixel at least and sides of 0 at least, got "
             f"{tuple(x.shape)} and {(left, right, top, bottom)}"
         )
-    if backend not in ("auto", "reference", "triton"):
-        raise ValueError(
-            f"unknown replicate_pad backend '{backend}'; known: auto, reference, triton"
-        )
+    backend = pick_backend("replicate_pad", backend, x)
     if not (left or right or top or bottom):
         return x
-    if backend == "auto":
-        is_fast = x.is_cuda and x.dtype != torch.float64 and has_triton()
-        backend = "triton" if is_fast else "reference"
     if backend == "reference":
         return replicate_pad_reference(x, left, right, top, bottom)
     from models.ops.padding.triton import replicate_pad_triton

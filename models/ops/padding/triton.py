@@ -1,24 +1,10 @@
 """Replicate padding on GPU. Deterministic: its gradient gathers, without atomics."""
 
-from typing import NamedTuple
-
 import torch
-import triton
 from torch import Tensor
 
 from models.ops.padding.kernels import _pad_gradient_kernel, _pad_kernel
-from models.ops.triton_support import INTERPRETED, check_tensor, on_device
-
-
-class _Tile(NamedTuple):
-    """Planes and pixels of a program, and its warps."""
-
-    planes: int
-    pixels: int
-    warps: int = 4
-
-
-_TILE = _Tile(2, 16) if INTERPRETED else _Tile(4, 512)
+from models.ops.triton_support import PLANE_TILE, check_tensor, on_device
 
 
 def replicate_pad_triton(x: Tensor, left: int, right: int, top: int, bottom: int) -> Tensor:
@@ -39,9 +25,9 @@ def _forward(x: Tensor, left: int, right: int, top: int, bottom: int) -> Tensor:
     planes, length = batch * channels, y[0, 0].numel() if y.numel() else 0
     if planes:
         with on_device(x):
-            _pad_kernel[_grid(planes, length)](
+            _pad_kernel[PLANE_TILE.grid(planes, length)](
                 x, y, planes, height, width, y.shape[3], length, left, top,
-                PLANES=_TILE.planes, PIXELS=_TILE.pixels, num_warps=_TILE.warps,
+                **PLANE_TILE.options(),
             )  # fmt: skip
     return y
 
@@ -60,10 +46,10 @@ def _backward(grad_y: Tensor, left: int, right: int, top: int, bottom: int) -> T
     planes = batch * channels
     if planes:
         with on_device(grad_y):
-            _pad_gradient_kernel[_grid(planes, height * width)](
+            _pad_gradient_kernel[PLANE_TILE.grid(planes, height * width)](
                 grad_y, grad_x, planes, height, width, grad_y.shape[3], grad_y[0, 0].numel(),
                 LEFT=left, RIGHT=right, TOP=top, BOTTOM=bottom,
-                PLANES=_TILE.planes, PIXELS=_TILE.pixels, num_warps=_TILE.warps,
+                **PLANE_TILE.options(),
             )  # fmt: skip
     return grad_x
 
@@ -72,10 +58,6 @@ def _backward(grad_y: Tensor, left: int, right: int, top: int, bottom: int) -> T
 def _cropped(grad_y, left, right, top, bottom):
     batch, channels, height, width = grad_y.shape
     return grad_y.new_empty(batch, channels, height - top - bottom, width - left - right)
-
-
-def _grid(planes: int, pixels: int) -> tuple[int, int]:
-    return triton.cdiv(pixels, _TILE.pixels), triton.cdiv(planes, _TILE.planes)
 
 
 def _setup_context(ctx, inputs, output) -> None:

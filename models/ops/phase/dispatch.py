@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from models.ops.phase.reference import with_magnitude_reference
-from models.ops.triton_support import has_triton
+from models.ops.triton_support import pick_backend
 
 
 def with_magnitude(spectrum: Tensor, magnitude: Tensor, *, backend: str = "auto") -> Tensor:
@@ -30,13 +30,7 @@ def with_magnitude(spectrum: Tensor, magnitude: Tensor, *, backend: str = "auto"
             f"precision, got {tuple(spectrum.shape)} {spectrum.dtype} and "
             f"{tuple(magnitude.shape)} {magnitude.dtype}"
         )
-    if backend not in ("auto", "reference", "triton"):
-        raise ValueError(
-            f"unknown with_magnitude backend '{backend}'; known: auto, reference, triton"
-        )
-    if backend == "auto":
-        is_fast = spectrum.is_cuda and spectrum.dtype == torch.complex64 and has_triton()
-        backend = "triton" if is_fast else "reference"
+    backend = pick_backend("with_magnitude", backend, spectrum)
     if backend == "reference":
         return with_magnitude_reference(spectrum, magnitude)
     from models.ops.phase.triton import with_magnitude_triton

@@ -1,10 +1,9 @@
 """Hands a bilinear resize to a backend."""
 
-import torch
 from torch import Tensor
 
 from models.ops.resize.reference import bilinear_resize_reference
-from models.ops.triton_support import has_triton
+from models.ops.triton_support import pick_backend
 
 
 def bilinear_resize(x: Tensor, hw: tuple[int, int], *, backend: str = "auto") -> Tensor:
@@ -25,15 +24,9 @@ def bilinear_resize(x: Tensor, hw: tuple[int, int], *, backend: str = "auto") ->
             f"bilinear_resize takes (B, C, H, W) and (H, W) of 1 at least, got {tuple(x.shape)} "
             f"and {tuple(hw)}"
         )
-    if backend not in ("auto", "reference", "triton"):
-        raise ValueError(
-            f"unknown bilinear_resize backend '{backend}'; known: auto, reference, triton"
-        )
+    backend = pick_backend("bilinear_resize", backend, x)
     if x.shape[2:] == tuple(hw):
         return x
-    if backend == "auto":
-        is_fast = x.is_cuda and x.dtype != torch.float64 and has_triton()
-        backend = "triton" if is_fast else "reference"
     if backend == "reference":
         return bilinear_resize_reference(x, *hw).to(x.dtype)
     from models.ops.resize.triton import bilinear_resize_triton

@@ -1,25 +1,11 @@
 """Bilinear resize on GPU. Deterministic: its gradient is two matrix products."""
 
-from typing import NamedTuple
-
 import torch
-import triton
 from torch import Tensor
 
 from models.ops.resize.kernels import _resize_kernel
 from models.ops.resize.reference import resize_gradient
-from models.ops.triton_support import INTERPRETED, check_tensor, on_device
-
-
-class _Tile(NamedTuple):
-    """Planes and resized pixels of a program, and its warps."""
-
-    planes: int
-    pixels: int
-    warps: int = 4
-
-
-_TILE = _Tile(2, 16) if INTERPRETED else _Tile(4, 512)
+from models.ops.triton_support import PLANE_TILE, check_tensor, on_device
 
 
 def bilinear_resize_triton(x: Tensor, height: int, width: int) -> Tensor:
@@ -39,9 +25,8 @@ def _forward(x: Tensor, height: int, width: int) -> Tensor:
     y = x.new_empty(batch, channels, height, width)
     planes, length = batch * channels, height * width
     if planes:
-        grid = triton.cdiv(length, _TILE.pixels), triton.cdiv(planes, _TILE.planes)
         with on_device(x):
-            _resize_kernel[grid](
+            _resize_kernel[PLANE_TILE.grid(planes, length)](
                 x,
                 y,
                 planes,
@@ -50,9 +35,7 @@ def _forward(x: Tensor, height: int, width: int) -> Tensor:
                 length,
                 hw[0] / height,
                 hw[1] / width,
-                PLANES=_TILE.planes,
-                PIXELS=_TILE.pixels,
-                num_warps=_TILE.warps,
+                **PLANE_TILE.options(),
             )
     return y
 

@@ -1,10 +1,9 @@
 """Hands Sobel gradients to a backend."""
 
-import torch
 from torch import Tensor
 
 from models.ops.sobel.reference import sobel_reference
-from models.ops.triton_support import has_triton
+from models.ops.triton_support import pick_backend
 
 
 def sobel(x: Tensor, *, backend: str = "auto") -> tuple[Tensor, Tensor]:
@@ -20,11 +19,7 @@ def sobel(x: Tensor, *, backend: str = "auto") -> tuple[Tensor, Tensor]:
     """
     if x.dim() != 4 or min(x.shape[2:]) < 1:
         raise ValueError(f"sobel takes (B, C, H, W) of one pixel at least, got {tuple(x.shape)}")
-    if backend not in ("auto", "reference", "triton"):
-        raise ValueError(f"unknown sobel backend '{backend}'; known: auto, reference, triton")
-    if backend == "auto":
-        is_fast = x.is_cuda and x.dtype != torch.float64 and has_triton()
-        backend = "triton" if is_fast else "reference"
+    backend = pick_backend("sobel", backend, x)
     if backend == "reference":
         return sobel_reference(x)
     from models.ops.sobel.triton import sobel_triton

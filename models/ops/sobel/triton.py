@@ -1,25 +1,12 @@
 """Sobel gradients on GPU, in one pass, and another for the gradient. Deterministic."""
 
-from typing import NamedTuple
-
 import torch
 import triton
 from torch import Tensor
 
 from models.ops.layout import contiguous
 from models.ops.sobel.kernels import _sobel_gradient_kernel, _sobel_kernel
-from models.ops.triton_support import INTERPRETED, check_tensor, on_device
-
-
-class _Tile(NamedTuple):
-    """Planes and pixels of a program, and its warps."""
-
-    planes: int
-    pixels: int
-    warps: int = 4
-
-
-_TILE = _Tile(2, 16) if INTERPRETED else _Tile(4, 512)
+from models.ops.triton_support import PLANE_TILE, check_tensor, on_device
 
 
 def sobel_triton(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -62,17 +49,9 @@ def _launch(kernel: triton.JITFunction, *maps: Tensor) -> None:
     batch, channels, height, width = maps[0].shape
     planes = batch * channels
     if planes:
-        grid = triton.cdiv(height * width, _TILE.pixels), triton.cdiv(planes, _TILE.planes)
         with on_device(maps[0]):
-            kernel[grid](
-                *maps,
-                planes,
-                height,
-                width,
-                PLANES=_TILE.planes,
-                PIXELS=_TILE.pixels,
-                num_warps=_TILE.warps,
-            )
+            grid = PLANE_TILE.grid(planes, height * width)
+            kernel[grid](*maps, planes, height, width, **PLANE_TILE.options())
 
 
 def _setup_context(ctx, inputs, output) -> None:
