@@ -63,7 +63,7 @@ def pick_backend(
     dtype: torch.dtype | None = None,
     is_there: Callable[[], bool] = has_triton,
 ) -> str:
-    """ "reference" or "triton"; of "auto" triton on a GPU, unless in float64.
+    """The backend to take: of "auto" triton on a GPU, unless in float64, and reference elsewhere.
 
     Args:
         function: its name in the message.
