@@ -88,7 +88,7 @@ def read_run(folder: Path) -> Run:
     except (ValueError, TypeError, KeyError) as error:
         raise InputError(f"{path} is no metrics.jsonl of train.py: {error!r}") from error
     if not curves:
-        raise InputError(f"{path} is empty: the run has not logged a step yet")
+        raise InputError(f"{path} holds nothing to draw: the run has not logged a step yet")
     for key in ("loss", "loss_segmentation", "loss_fusion", "images_per_s"):
         if key in curves:
             curves[key] = smooth(curves[key], len(curves[key].steps) // 50)

@@ -21,15 +21,16 @@ class PlaneTile(NamedTuple):
     pixels: int
     warps: int
 
-    def grid(self, planes: int, pixels: int) -> tuple[int, int]:
-        """Programs that maps take."""
-        return -(-pixels // self.pixels), -(-planes // self.planes)
+    def grid(self, planes: int, pixels: int) -> tuple[int]:
+        """Programs that maps take, along one axis; models.ops.plane_kernels shares them out."""
+        return (-(-pixels // self.pixels) * -(-planes // self.planes),)
 
     def options(self) -> dict[str, int]:
         """Keyword arguments of a launch."""
         return {"PLANES": self.planes, "PIXELS": self.pixels, "num_warps": self.warps}
 
 
+_COMPUTED = (torch.float32, torch.bfloat16, torch.float16)  # by kernels, in float32
 PLANE_TILE = PlaneTile(2, 16, 4) if INTERPRETED else PlaneTile(4, 512, 4)
 _HAS_TRITON = importlib.util.find_spec("triton") is not None
 
@@ -63,7 +64,7 @@ def pick_backend(
     dtype: torch.dtype | None = None,
     is_there: Callable[[], bool] = has_triton,
 ) -> str:
-    """The backend to take: of "auto" triton on a GPU, unless in float64, and reference elsewhere.
+    """The backend to take: of "auto" triton on a GPU for float32 and narrower, else reference.
 
     Args:
         function: its name in the message.
@@ -74,8 +75,8 @@ def pick_backend(
         ValueError: an unknown backend.
     """
     if backend == "auto":
-        is_wide = (dtype or x.dtype) in (torch.float64, torch.complex128)
-        return "triton" if x.is_cuda and not is_wide and is_there() else "reference"
+        is_fast = x.is_cuda and (dtype or x.dtype) in _COMPUTED and is_there()
+        return "triton" if is_fast else "reference"
     if backend not in ("reference", "triton"):
         raise ValueError(f"unknown {function} backend '{backend}'; known: auto, reference, triton")
     return backend

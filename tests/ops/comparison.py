@@ -1,10 +1,11 @@
-"""For tests of kernels against a float64 reference."""
+"""For tests of kernels against a float64 reference, and of which are called."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 
 @contextmanager
@@ -22,3 +23,15 @@ def assert_near(name: str, result: Tensor, goal: Tensor, tolerance: float) -> No
     assert result.isfinite().all(), name
     error = (result.double() - goal).norm() / goal.norm().clamp_min(1e-12)
     assert error < tolerance, f"{name}: relative error {error:.2e}"
+
+
+class CalledOperators(TorchDispatchMode):
+    """Keeps the operators' names."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.names.append(str(func))
+        return func(*args, **(kwargs or {}))

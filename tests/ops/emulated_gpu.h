@@ -4,6 +4,8 @@
 // It is compiled once a variant: headers that take long to read are left out.
 #include <cmath>
 #include <cstdint>
+#include <cstdio>
+#include <cstdlib>
 #include <cstring>
 #include <setjmp.h>
 #include <ucontext.h>
@@ -144,8 +146,11 @@ static void write_flag(int *flag, int value) { *flag = value; }
 #define WHILE_WAITING yield()
 static const void *&find_handed(const void *at) {
     const size_t size = sizeof handed_on / sizeof *handed_on;
-    size_t place = (uintptr_t)at / 4 * 2654435761u % size;
-    while (handed_on[place] && handed_on[place] != at) place = (place + 1) % size;
+    size_t place = (uintptr_t)at / 4 * 2654435761u % size, steps = 0;
+    while (handed_on[place] && handed_on[place] != at) {
+        if (++steps == size) fprintf(stderr, "handed_on is full\n"), abort();
+        place = (place + 1) % size;
+    }
     return handed_on[place];
 }
 static void read_handed(const void *at, bool is_read, unsigned &x) {

@@ -83,8 +83,6 @@ CASES = [
     (paddings._pad_kernel, PLANES),
     (paddings._pad_gradient_kernel, {"LEFT": 1, "RIGHT": 1, "TOP": 1, "BOTTOM": 1, **PLANES}),
     (paddings._pad_gradient_kernel, {"LEFT": 0, "RIGHT": 3, "TOP": 0, "BOTTOM": 0, **PLANES}),
-    (phases._with_magnitude_kernel, {"BLOCK": 128}),
-    (phases._with_magnitude_gradient_kernel, {"BLOCK": 128}),
     (sobels._sobel_kernel, PLANES),
     (sobels._sobel_gradient_kernel, PLANES),
     *(
@@ -117,6 +115,16 @@ def test_compiles(case, dtype, are_one, tmp_path, monkeypatch):
     kernel, constants = case
     constants = constants | {name: 1 for name in kernel.arg_names if are_one and name in SIZES}
     assert len(compiled(kernel, constants, dtype)["cubin"]) > 0
+
+
+@pytest.mark.parametrize(
+    "kernel",
+    [phases._with_magnitude_kernel, phases._with_magnitude_gradient_kernel],
+    ids=lambda kernel: kernel.__name__,
+)
+def test_spectra_compile_in_float32(kernel, tmp_path, monkeypatch):
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    assert len(compiled(kernel, {"BLOCK": 128}, "fp32")["cubin"]) > 0
 
 
 @pytest.mark.parametrize(("dtype", "vector"), [("fp32", 4), ("bf16", 8)])

@@ -3,9 +3,10 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from torch._subclasses.fake_tensor import FakeTensorMode
 
-from models.ops.padding import crop, replicate_pad
-from tests.ops.comparison import assert_near, poisoned_empty
+from models.ops.padding import crop, dispatch, replicate_pad
+from tests.ops.comparison import CalledOperators, assert_near, poisoned_empty
 from tests.ops.interpreter import (
     INTERPRETED,
     interpreted,
@@ -81,6 +82,17 @@ def test_crop_is_the_top_left_and_a_whole_map_itself():
     x = torch.randn(2, 3, 5, 7)
     assert torch.equal(crop(x, (4, 6)), x[:, :, :4, :6])
     assert crop(x, (5, 7)) is x
+
+
+@pytest.mark.parametrize(
+    ("sides", "is_few"), [((0, 3, 0, 3), True), ((0, 7, 0, 7), False)], ids=str
+)
+def test_many_copies_are_the_reference_s(sides, is_few, monkeypatch):
+    """Of a corner: the gradient's kernel, written out for each, would take seconds to compile."""
+    monkeypatch.setattr(dispatch, "has_triton", lambda: True)
+    with FakeTensorMode(), CalledOperators() as called:
+        replicate_pad(torch.empty(1, 2, 5, 6, device="cuda"), *sides)
+    assert ("cmfs.replicate_pad.default" in called.names) == is_few
 
 
 @with_triton

@@ -3,9 +3,10 @@
 import cv2
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from models.ops.sobel import sobel
-from tests.ops.comparison import assert_near, poisoned_empty
+from tests.ops.comparison import CalledOperators, assert_near, poisoned_empty
 from tests.ops.interpreter import (
     INTERPRETED,
     interpreted,
@@ -35,6 +36,26 @@ def assert_same(x):
     for name, result, goal in zip(("across", "along", "gradient"), ours, expected, strict=True):
         assert result.dtype == x.dtype, name
         assert_near(name, result, goal, TOLERANCE[x.dtype])
+
+
+def assert_small_beside_large(backend):
+    """A faint edge above a bright row: neighbours are subtracted before sums are made of them."""
+    x = torch.tensor([[0, 0, 1e-3], [0, 0, 0], [1e5, 1e5, 1e5]]).view(1, 1, 3, 3)
+    across, _ = sobel(x, backend=backend)
+    _, along = sobel(x.mT, backend=backend)
+    for faint in (across, along):
+        torch.testing.assert_close(faint[0, 0, 1, 1].item(), 1e-3)
+
+
+def test_small_beside_large():
+    assert_small_beside_large("reference")
+
+
+def test_the_reference_is_pytorch_s_alone():
+    """On a GPU, too, where padding would take a kernel of ours."""
+    with FakeTensorMode(), CalledOperators() as called:
+        sobel(torch.empty(1, 2, 5, 6, device="cuda"), backend="reference")
+    assert called.names and not any(name.startswith("cmfs") for name in called.names)
 
 
 @pytest.mark.parametrize("hw", [(8, 8), (7, 5), (1, 4)], ids=str)
@@ -89,6 +110,11 @@ def test_kernels_in_the_interpreter():
 @pytest.mark.parametrize("hw", [(5, 7), (2, 2), (1, 6), (6, 1), (3, 16)], ids=str)
 def test_interpreted_equals_reference(hw):
     assert_same(make_map(3, 1, *hw))
+
+
+@interpreted
+def test_interpreted_small_beside_large():
+    assert_small_beside_large("triton")
 
 
 @interpreted

@@ -3,7 +3,9 @@
 from torch import Tensor
 
 from models.ops.padding.reference import replicate_pad_reference
-from models.ops.triton_support import pick_backend
+from models.ops.triton_support import has_triton, pick_backend
+
+_MOST_COPIES = 32  # of a corner: the gradient's kernel is written out for each
 
 
 def replicate_pad(
@@ -14,7 +16,8 @@ def replicate_pad(
     Args:
         x: (B, C, H, W).
         left, right, top, bottom: pixels to add, none negative.
-        backend: "reference", "triton", or "auto": triton on a GPU, unless x is float64.
+        backend: "reference", "triton", or "auto": triton on a GPU, unless x is float64 or a
+            corner has more than 32 copies, for which it would take long to compile.
     Returns:
         (B, C, top + H + bottom, left + W + right), in x's dtype.
     Raises:
@@ -25,7 +28,10 @@ def replicate_pad(
             f"replicate_pad takes (B, C, H, W) of one pixel at least and sides of 0 at least, got "
             f"{tuple(x.shape)} and {(left, right, top, bottom)}"
         )
-    backend = pick_backend("replicate_pad", backend, x)
+    copies = (left + 1 + right) * (top + 1 + bottom)
+    backend = pick_backend(
+        "replicate_pad", backend, x, is_there=lambda: has_triton() and copies <= _MOST_COPIES
+    )
     if not (left or right or top or bottom):
         return x
     if backend == "reference":

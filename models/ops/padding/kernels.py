@@ -6,6 +6,8 @@ A program has PIXELS pixels of PLANES maps: where they come from is found once f
 import triton
 import triton.language as tl
 
+from models.ops.plane_kernels import own_share
+
 SIZES = ["planes", "height", "width", "padded_width", "length"]
 
 
@@ -24,12 +26,11 @@ def _pad_kernel(
     PIXELS: tl.constexpr,
 ):
     """y (planes, length) in rows of padded_width from x (planes, height, width)."""
-    pixel = tl.program_id(0) * PIXELS + tl.arange(0, PIXELS)
+    pixel, first = own_share(length, PLANES, PIXELS)
     inside = pixel < length
     row = tl.minimum(tl.maximum(pixel // padded_width - top, 0), height - 1)
     column = tl.minimum(tl.maximum(pixel % padded_width - left, 0), width - 1)
     source = row * width + column
-    first = tl.program_id(1) * PLANES
     for plane in range(first, tl.minimum(first + PLANES, planes)):
         value = tl.load(x + tl.cast(plane, tl.int64) * height * width + source, mask=inside)
         tl.store(y + tl.cast(plane, tl.int64) * length + pixel, value, mask=inside)
@@ -52,11 +53,10 @@ def _pad_gradient_kernel(
     PIXELS: tl.constexpr,
 ):
     """grad_x (planes, height, width): a pixel's own gradient and its copies' past the border."""
-    pixel = tl.program_id(0) * PIXELS + tl.arange(0, PIXELS)
+    pixel, first = own_share(height * width, PLANES, PIXELS)
     inside = pixel < height * width
     row, column = pixel // width, pixel % width
     own = (row + TOP) * padded_width + column + LEFT
-    first = tl.program_id(1) * PLANES
     for plane in range(first, tl.minimum(first + PLANES, planes)):
         source = grad_y + tl.cast(plane, tl.int64) * length
         total = tl.zeros([PIXELS], tl.float32)

@@ -30,7 +30,7 @@ def with_magnitude(spectrum: Tensor, magnitude: Tensor, *, backend: str = "auto"
             f"precision, got {tuple(spectrum.shape)} {spectrum.dtype} and "
             f"{tuple(magnitude.shape)} {magnitude.dtype}"
         )
-    backend = pick_backend("with_magnitude", backend, spectrum)
+    backend = pick_backend("with_magnitude", backend, spectrum, dtype=magnitude.dtype)
     if backend == "reference":
         return with_magnitude_reference(spectrum, magnitude)
     from models.ops.phase.triton import with_magnitude_triton

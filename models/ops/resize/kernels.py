@@ -6,6 +6,8 @@ A program has PIXELS pixels of PLANES resized maps: where they come from is foun
 import triton
 import triton.language as tl
 
+from models.ops.plane_kernels import own_share
+
 SIZES = ["planes", "height", "width", "new_width", "length"]
 
 
@@ -37,11 +39,10 @@ def _resize_kernel(
     PIXELS: tl.constexpr,
 ):
     """y (planes, length) in rows of new_width from x (planes, height, width)."""
-    pixel = tl.program_id(0) * PIXELS + tl.arange(0, PIXELS)
+    pixel, first = own_share(length, PLANES, PIXELS)
     inside = pixel < length
     top, bottom, down = _source(pixel // new_width, row_scale, height)
     left, right, across = _source(pixel % new_width, column_scale, width)
-    first = tl.program_id(1) * PLANES
     for plane in range(first, tl.minimum(first + PLANES, planes)):
         source = x + tl.cast(plane, tl.int64) * height * width
         upper = (1 - across) * _take(source, top * width + left, inside)

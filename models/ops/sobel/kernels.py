@@ -6,6 +6,8 @@ A program has PIXELS pixels of PLANES maps: where their neighbours lie is found 
 import triton
 import triton.language as tl
 
+from models.ops.plane_kernels import own_share
+
 SIZES = ["planes", "height", "width"]
 
 
@@ -24,13 +26,12 @@ def _sobel_kernel(
     x, gradient_x, gradient_y, planes, height, width, PLANES: tl.constexpr, PIXELS: tl.constexpr
 ):
     """Both gradients (planes, height, width) of x, whose border is repeated outward."""
-    pixel = tl.program_id(0) * PIXELS + tl.arange(0, PIXELS)
+    pixel, first = own_share(height * width, PLANES, PIXELS)
     inside = pixel < height * width
     row, column = pixel // width, pixel % width
     above, below = tl.maximum(row - 1, 0) * width, tl.minimum(row + 1, height - 1) * width
     left, right = tl.maximum(column - 1, 0), tl.minimum(column + 1, width - 1)
     row *= width
-    first = tl.program_id(1) * PLANES
     for plane in range(first, tl.minimum(first + PLANES, planes)):
         start = tl.cast(plane, tl.int64) * height * width
         source = x + start
@@ -40,8 +41,8 @@ def _sobel_kernel(
         lower_right = _take(source, below + right, inside)
         middle = _take(source, row + right, inside) - _take(source, row + left, inside)
         vertical = _take(source, below + column, inside) - _take(source, above + column, inside)
-        across = upper_right - upper_left + 2 * middle + lower_right - lower_left
-        along = lower_left - upper_left + 2 * vertical + lower_right - upper_right
+        across = (upper_right - upper_left) + 2 * middle + (lower_right - lower_left)
+        along = (lower_left - upper_left) + 2 * vertical + (lower_right - upper_right)
         _put(gradient_x, start + pixel, across, inside)
         _put(gradient_y, start + pixel, along, inside)
 
@@ -72,12 +73,11 @@ def _sobel_gradient_kernel(
     PIXELS: tl.constexpr,
 ):
     """grad_x (planes, height, width) from those of both gradients."""
-    pixel = tl.program_id(0) * PIXELS + tl.arange(0, PIXELS)
+    pixel, first = own_share(height * width, PLANES, PIXELS)
     inside = pixel < height * width
     row, column = pixel // width, pixel % width
     row_before, row_after, row_sum, row_difference = _weights(row, height)
     before, after, column_sum, column_difference = _weights(column, width)
-    first = tl.program_id(1) * PLANES
     for plane in range(first, tl.minimum(first + PLANES, planes)):
         start = tl.cast(plane, tl.int64) * height * width
         total = tl.zeros([PIXELS], tl.float32)
