@@ -60,6 +60,8 @@ def assert_same(inputs):
             else:
                 assert not ours_of_map.any(), name
     assert torch.equal(ours[0] == 0, expected[0] == 0)
+    large = (torch.view_as_real(x[1])[0, 1, 0, 0].double() for x in (ours, expected))
+    torch.testing.assert_close(*large, rtol=1e-3, atol=0)  # far smaller than its neighbours'
 
 
 class TestReference:
