@@ -45,6 +45,7 @@ from engine.results import (
     describe_scoring,
     describe_task,
     finished_result,
+    remove_other_pictures,
     write_json,
     write_segmentation,
     write_text,
@@ -153,6 +154,7 @@ def score(
     run = {**task, **describe_model(model, stored)}
     result = {**run, "protocol": describe_scoring(run, config), **scores}
     if is_main_process():
+        remove_other_pictures(target, folders, names)
         ious = {name: row["miou"] for name, row in scores["by_image"].items()}
         extremes = draw_extremes(
             model, loader.dataset, config, devices.device, scores=ious, metric="mIoU"

@@ -39,6 +39,7 @@ from engine.results import (
     describe_model,
     describe_task,
     finished_result,
+    remove_other_pictures,
     write_json,
     write_text,
 )
@@ -150,6 +151,7 @@ def export(
         **scores,
     }
     if is_main_process():
+        remove_other_pictures(target, folders, names)
         values = {name: row[RANKED_BY] for name, row in scores["images"].items()}
         extremes = draw_extremes(
             model, loader.dataset, config, devices.device, scores=values, metric=RANKED_BY

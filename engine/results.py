@@ -4,7 +4,7 @@ import contextlib
 import json
 import os
 from collections import deque
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -157,3 +157,12 @@ def write_text(path: Path, text: str) -> None:
         with contextlib.suppress(OSError):
             aside.unlink(missing_ok=True)
         raise InputError(f"cannot write {path}: {error.strerror}") from error
+
+
+def remove_other_pictures(target: Path, folders: Iterable[str], names: Iterable[str]) -> None:
+    """Delete what an earlier evaluation, of other images, left in a result's folders."""
+    stems = set(names)
+    for folder in folders:
+        for picture in (target / folder).glob("*.png"):
+            if picture.stem not in stems:
+                picture.unlink(missing_ok=True)

@@ -518,6 +518,8 @@ class TestScoredOnce:
         assert scored("--split", "some") == ["best"]
         split.write_text("\n".join(names[1:3]))
         assert scored("--split", "some") == ["best"]
+        kind, folder = {"eval": ("eval", "overlay"), "eval_vision": ("vision", "fused")}[script]
+        assert stems(run.path / kind / "best-some" / folder) == names[1:3]
         assert scored("--split", "some") == []
         split.unlink()
 

@@ -25,6 +25,7 @@ A custom set gets a config.yaml with its classes, for -n, unless --config names 
 import argparse
 import hashlib
 import json
+import shlex
 import sys
 from pathlib import Path
 from typing import Any
@@ -138,6 +139,12 @@ def divide_in_place(options: argparse.Namespace) -> None:
             f"{folder} is in the standard layout already; --val-fraction divides its train.txt, "
             "`custom` with another --out copies it"
         )
+    for name in ("test_fraction", "binary", "link", "thermal_raw", "skip_bad", "strict"):
+        if getattr(options, name):
+            raise InputError(
+                f"--{name.replace('_', '-')} is of no use to {folder}, which is in its place "
+                f"already: only its train.txt is divided; give --out to make another set of it"
+            )
     train, val, is_new = divide_train_list(folder, options.val_fraction, options.seed)
     state = "divided" if is_new else "was divided already"
     print(f"{folder / 'train.txt'}: {state}: train {train}, val {val} (seed {options.seed})")
@@ -209,7 +216,7 @@ def prepare(
         InputError: OUT holds something else, or pairs that cannot be used.
     """
     out = options.out or Path(data.path)
-    description = describe(source, plan, options)
+    description = describe(source, plan, data, options)
     if is_prepared(out, description, plan, data):
         print(f"{out}: was there already ({_count_pairs(plan)})")
         return
@@ -229,11 +236,13 @@ def prepare(
             "pixels": _class_pixels(plan, counts, data),
         }
         finish(part, out, plan, description | contents)
-    report(out, plan, data, counts, has_config=config_text is not None)
+    report(out, plan, data, counts, has_config=config_text is not None, config=options.config)
 
 
-def describe(source: Source, plan: Plan, options: argparse.Namespace) -> dict[str, Any]:
-    """What makes two preparations the same: the files, the lists and the options."""
+def describe(
+    source: Source, plan: Plan, data: DataConfig, options: argparse.Namespace
+) -> dict[str, Any]:
+    """What makes two preparations the same: the files, the lists, the options and the palette."""
     lists = json.dumps(plan.all_lists(), sort_keys=True).encode()
     names = ("link", "thermal_raw", "binary", "config")
     return {
@@ -243,6 +252,7 @@ def describe(source: Source, plan: Plan, options: argparse.Namespace) -> dict[st
         "files_sha256": fingerprint(source, plan.files()),
         "lists_sha256": hashlib.sha256(lists).hexdigest(),
         "options": {name: getattr(options, name) for name in names},
+        **({"palette": [list(color) for color in data.palette]} if options.config else {}),
     }
 
 
@@ -265,7 +275,13 @@ def leave_out(plan: Plan, problems: dict[str, str], out: Path, *, is_allowed: bo
 
 
 def report(
-    out: Path, plan: Plan, data: DataConfig, counts: summary.Summary, *, has_config: bool
+    out: Path,
+    plan: Plan,
+    data: DataConfig,
+    counts: summary.Summary,
+    *,
+    has_config: bool,
+    config: str | None,
 ) -> None:
     sizes = ", ".join(f"{h}x{w} ({n})" for (h, w), n in counts.sizes.most_common(5))
     more = " and others" if len(counts.sizes) > 5 else ""
@@ -276,9 +292,10 @@ def report(
     if has_config:
         print(f"name the classes in {out / CONFIG_FILE}, then: python train.py -n that file")
     if plan.has_labels and "train" in plan.lists and "val" not in plan.lists:
+        command = shlex.join(["custom", str(out), *(["--config", config] if config else [])])
         print(
             "training needs a val.txt: "
-            f"python tools/prepare_dataset.py --val-fraction 0.1 custom {out}"
+            f"python tools/prepare_dataset.py --val-fraction 0.1 {command}"
         )
 
 

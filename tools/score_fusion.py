@@ -103,12 +103,15 @@ def main(arguments: list[str] | None = None) -> None:
 def name_methods(texts: Sequence[str]) -> dict[str, Path]:
     """Folders by the names that the table shows: what stands before "=", or the folder's own name.
 
+    A folder whose path holds a "=" is one all the same.
+
     Raises:
         InputError: two folders of one name.
     """
     methods: dict[str, Path] = {}
     for text in texts:
         name, is_named, folder = text.partition("=")
+        is_named = is_named and not Path(text).is_dir()
         path = Path(folder if is_named else text)
         name = name if is_named else path.resolve().name
         if name in ("", "RGB", "THERMAL") or name in methods:

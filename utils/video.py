@@ -115,11 +115,13 @@ class VideoWriter:
         height, width = (side + side % 2 for side in self._shape[:2])
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
+            self._aside.touch()  # the writer does not say why it cannot
         except OSError as error:
             raise InputError(f"cannot write {self.path}: {error.strerror}") from error
         codec = cv2.VideoWriter_fourcc(*"mp4v")
         writer = cv2.VideoWriter(str(self._aside), codec, self.frames_per_s, (width, height))
         if not writer.isOpened():
+            self._aside.unlink(missing_ok=True)
             raise InputError(
                 f"cannot write {self.path} with {width}x{height} pixels and {self.frames_per_s:g} "
                 f"frames a second"

@@ -110,6 +110,12 @@ def plan_custom(source: Source, *, rgb: str | None, thermal: str | None, label: 
     Args:
         rgb, thermal, label: names of the folders; None looks for the usual ones.
     """
+    given = [PurePosixPath(name) for name in (rgb, thermal, label) if name]
+    if len(set(given)) < len(given):
+        raise InputError(
+            f"--rgb, --thermal and --label must be different folders, got "
+            f"{', '.join(map(str, given))}"
+        )
     folders = _find_custom_folders(source, rgb, thermal)
     root = _root_of(folders)
     label_folder = _find_label_folder(source, root, label)

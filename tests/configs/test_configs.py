@@ -103,6 +103,15 @@ def test_broken_files_are_named(tmp_path, text):
         load_config(str(path))
 
 
+@pytest.mark.parametrize("text", ["train: {lr: 1}\ndata: {}\ntrain: {lr: 2}", "a: {b: 1, b: 2}"])
+def test_a_key_that_is_there_twice_is_an_error(tmp_path, text):
+    """YAML's own loader would take the second and drop the first in silence."""
+    path = tmp_path / "twice.yaml"
+    path.write_text(text)
+    with pytest.raises(ConfigError, match=r"twice\.yaml.*'(train|b)' is there twice.*line [13],"):
+        load_config(str(path))
+
+
 def test_missing_file():
     with pytest.raises(ConfigError, match="does not exist"):
         load_config("nowhere/mine.yaml")

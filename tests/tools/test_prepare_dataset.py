@@ -656,6 +656,62 @@ def test_choice_of_validation_pairs():
         choose(["a"], 0.5, seed=0)
 
 
+@pytest.mark.parametrize(
+    "option", [("--test-fraction", 0.3), ("--link",), ("--binary",), ("--skip-bad",)], ids=str
+)
+def test_what_cannot_be_done_in_place_is_refused(tmp_path, option):
+    folder = standard_set(tmp_path)
+    before = content(folder)
+    with raises(f"{option[0]} is of no use to .*Set, which is in its place"):
+        prepare("--val-fraction", 0.3, *option, "custom", folder)
+    assert content(folder) == before
+
+
+def test_one_folder_cannot_have_two_roles(tmp_path):
+    source = unpacked(tmp_path / "my", custom_files("vi", "ir"))
+    with raises("--rgb, --thermal and --label must be different folders, got vi, vi"):
+        prepare("custom", source, "--rgb", "vi", "--thermal", "vi/", "--out", tmp_path / "A")
+    with raises("must be different folders, got ir, ir"):
+        prepare("custom", source, "--thermal", "ir", "--label", "ir", "--out", tmp_path / "A")
+
+
+def test_another_palette_is_another_set(tmp_path, capsys):
+    """Its labels have other indices, though files and options are the same."""
+    drawn = [(0, 0, 0), (10, 10, 200), (200, 10, 10)]
+    files = custom_files()
+    for stem in "abcd":
+        files[f"Label/{stem}.png"] = png(np.array(drawn, np.uint8)[picture(stem, 0) % 3])
+    source, config, out = unpacked(tmp_path / "my", files), tmp_path / "my.yaml", tmp_path / "Out"
+
+    def configure(*colors):
+        config.write_text(
+            f"data:\n  name: My\n  class_names: [a, b, c]\n  palette: {[*map(list, colors)]}\n"
+        )
+
+    configure(*drawn)
+    prepare("custom", source, "--config", config, "--out", out)
+    prepare("custom", source, "--config", config, "--out", out)
+    assert "was there already" in capsys.readouterr().out
+    configure(drawn[0], drawn[2], drawn[1])
+    with raises("was prepared from another source or with other options"):
+        prepare("custom", source, "--config", config, "--out", out)
+
+
+def test_the_command_for_a_validation_list_is_of_the_set_that_was_made(tmp_path, capsys):
+    files = custom_files("vi", "ir", stems="abcdefghij")
+    source, config = unpacked(tmp_path / "my", files), tmp_path / "my.yaml"
+    config.write_text(
+        "data: {name: My, class_names: [a, b, c, d], rgb_folder: Vis, thermal_folder: IR, "
+        "label_folder: Lab, palette: [[0, 0, 0], [9, 0, 0], [0, 9, 0], [0, 0, 9]]}\n"
+    )
+    out = tmp_path / "a b"
+    prepare("custom", source, "--config", config, "--out", out)
+    command = capsys.readouterr().out.split("tools/prepare_dataset.py ")[1]
+    prepare(*shlex.split(command))
+    assert "divided: train 9, val 1" in capsys.readouterr().out
+    assert len(read_split(out, "val")) == 1
+
+
 @pytest.mark.parametrize("kind", ["mfnet", "custom"])
 def test_a_set_in_its_place_without_a_fraction(tmp_path, kind):
     folder = standard_set(tmp_path)

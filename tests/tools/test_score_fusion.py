@@ -1,13 +1,14 @@
 """tools/score_fusion.py: one table for many methods, and what it refuses."""
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
-from tools.score_fusion import main
+from tools.score_fusion import main, name_methods
 from utils.errors import InputError
 from utils.fusion_metrics import fusion_metrics
 from utils.image import write_png
@@ -122,6 +123,14 @@ def test_bad_folders_are_named(folders):
 def test_a_baseline_s_name_is_taken(folders):
     with pytest.raises(InputError, match="max names a baseline"):
         call(folders, f"max={folders / 'ours'}")
+
+
+def test_a_path_with_an_equals_sign_is_a_folder(folders):
+    shutil.copytree(folders / "ours", folders / "lr=1e-3" / "ours")
+    assert name_methods([str(folders / "lr=1e-3" / "ours")]) == {
+        "ours": folders / "lr=1e-3" / "ours"
+    }
+    assert name_methods([f"a={folders / 'ours'}"]) == {"a": folders / "ours"}
 
 
 @pytest.mark.parametrize("folder", ["ours", "Modal"])

@@ -1,5 +1,8 @@
 """Videos: what is written is read back; odd sizes, wrong files, errors on the way."""
 
+import errno
+import os
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -63,6 +66,15 @@ def test_a_place_that_cannot_be_written_is_named(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(InputError, match=r"cannot write .*a\.mp4"):
         write(tmp_path / "file" / "a.mp4", frames(1, 48, 64))
+
+
+def test_why_a_place_cannot_be_written_is_said(tmp_path, monkeypatch):
+    def touch(self):
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+
+    monkeypatch.setattr(Path, "touch", touch)
+    with pytest.raises(InputError, match=r"cannot write .*a\.mp4: Permission denied"):
+        write(tmp_path / "a.mp4", frames(1, 48, 64))
 
 
 def test_lost_frames_are_an_error_and_an_earlier_file_stays(tmp_path):
