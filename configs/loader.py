@@ -69,24 +69,32 @@ def _nearest(word: str, candidates: Iterable[str]) -> str:
     return f" (did you mean '{match[0]}'?)" if match else ""
 
 
-class _EachKeyOnce(yaml.SafeLoader):
-    """Of a key that a mapping has twice YAML's own loaders keep the last value in silence."""
+def _check_keys(node: yaml.Node | None, checked: set[int]) -> None:
+    """Raise a YAMLError where a mapping has a key twice: the loader would drop the first value.
 
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        seen = set()
-        for key, _ in node.value:
-            name = key.value if isinstance(key, yaml.ScalarNode) else key
-            if name in seen:
-                raise yaml.constructor.ConstructorError(
-                    None, None, f"'{name}' is there twice", key.start_mark
-                )
-            seen.add(name)
-        return super().construct_mapping(node, deep)
+    checked: ids of the nodes before, since an alias may stand for what it is in.
+    """
+    if node is None or isinstance(node, yaml.ScalarNode) or id(node) in checked:
+        return
+    checked.add(id(node))
+    is_mapping = isinstance(node, yaml.MappingNode)
+    keys = [key for key, _ in node.value if isinstance(key, yaml.ScalarNode)] if is_mapping else []
+    names = set()
+    for key in keys:
+        if key.value in names:
+            raise yaml.MarkedYAMLError(
+                problem=f"'{key.value}' is there twice", problem_mark=key.start_mark
+            )
+        names.add(key.value)
+    for child in [value for _, value in node.value] if is_mapping else node.value:
+        _check_keys(child, checked)
 
 
 def _read_yaml(path: Path) -> dict[str, Any]:
     try:
-        tree = yaml.load(path.read_text(encoding="utf-8"), _EachKeyOnce)
+        text = path.read_text(encoding="utf-8")
+        _check_keys(yaml.compose(text, yaml.SafeLoader), set())
+        tree = yaml.safe_load(text)
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"config file {path} cannot be read: {error}") from error
     except yaml.YAMLError as error:
