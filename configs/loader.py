@@ -74,20 +74,19 @@ def _check_keys(node: yaml.Node | None, checked: set[int]) -> None:
 
     checked: ids of the nodes before, since an alias may stand for what it is in.
     """
-    if node is None or isinstance(node, yaml.ScalarNode) or id(node) in checked:
+    if not isinstance(node, yaml.CollectionNode) or id(node) in checked:
         return
     checked.add(id(node))
     is_mapping = isinstance(node, yaml.MappingNode)
-    keys = [key for key, _ in node.value if isinstance(key, yaml.ScalarNode)] if is_mapping else []
     names = set()
-    for key in keys:
-        if key.value in names:
-            raise yaml.MarkedYAMLError(
-                problem=f"'{key.value}' is there twice", problem_mark=key.start_mark
-            )
-        names.add(key.value)
-    for child in [value for _, value in node.value] if is_mapping else node.value:
-        _check_keys(child, checked)
+    for key, value in node.value if is_mapping else [(None, item) for item in node.value]:
+        if isinstance(key, yaml.ScalarNode):
+            if key.value in names:
+                raise yaml.MarkedYAMLError(
+                    problem=f"'{key.value}' is there twice", problem_mark=key.start_mark
+                )
+            names.add(key.value)
+        _check_keys(value, checked)
 
 
 def _read_yaml(path: Path) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""What the Triton kernels over maps (planes, pixels) share; see triton_support.PlaneTile."""
+"""What Triton kernels over maps (planes, pixels) share; see triton_support.PlaneTile."""
 
 import triton
 import triton.language as tl
@@ -13,3 +13,9 @@ def own_share(length, PLANES: tl.constexpr, PIXELS: tl.constexpr):
     across = tl.cdiv(length, PIXELS)
     program = tl.program_id(0)
     return program % across * PIXELS + tl.arange(0, PIXELS), program // across * PLANES
+
+
+@triton.jit
+def take(x, at, inside):
+    """Numbers in float32; 0 where not inside."""
+    return tl.load(x + at, mask=inside, other=0.0).to(tl.float32)

@@ -1,6 +1,6 @@
 """For tests of kernels against a float64 reference, and of which are called."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import torch
@@ -35,3 +35,13 @@ class CalledOperators(TorchDispatchMode):
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         self.names.append(str(func))
         return func(*args, **(kwargs or {}))
+
+
+def assert_compiles(call: Callable[..., Tensor], *leaves: Tensor) -> None:
+    """Compiled without a graph break, a function gives the same bits, and so do its gradients."""
+    compiled = torch.compile(call, backend="aot_eager", fullgraph=True)
+    results = compiled(*leaves), call(*leaves)
+    assert torch.equal(*results)
+    weight = torch.randn_like(results[0])
+    gradients = (torch.autograd.grad(y, leaves, weight) for y in results)
+    assert all(map(torch.equal, *gradients))

@@ -6,7 +6,7 @@ A program has PIXELS pixels of PLANES maps: where they come from is found once f
 import triton
 import triton.language as tl
 
-from models.ops.plane_kernels import own_share
+from models.ops.plane_kernels import own_share, take
 
 SIZES = ["planes", "height", "width", "padded_width", "length"]
 
@@ -72,6 +72,6 @@ def _pad_gradient_kernel(
                 if across > 0:
                     is_copy = is_copy & (column == width - 1)
                 at = own + down * padded_width + across
-                total += tl.load(source + at, mask=is_copy, other=0.0).to(tl.float32)
+                total += take(source, at, is_copy)
         target = grad_x + tl.cast(plane, tl.int64) * height * width + pixel
         tl.store(target, total.to(grad_x.dtype.element_ty), mask=inside)

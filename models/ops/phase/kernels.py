@@ -6,6 +6,8 @@ Complex numbers lie as real and imaginary part side by side. A program has BLOCK
 import triton
 import triton.language as tl
 
+from models.ops.plane_kernels import take
+
 
 @triton.jit
 def _polar(real, imaginary):
@@ -23,19 +25,14 @@ def _polar(real, imaginary):
     return scale * length, real / divisor, imaginary / divisor
 
 
-@triton.jit
-def _take(x, at, inside):
-    return tl.load(x + at, mask=inside, other=0.0)
-
-
 @triton.jit(do_not_specialize=["length"])
 def _with_magnitude_kernel(spectrum, magnitude, y, length, BLOCK: tl.constexpr):
     """y: magnitude times the phase of spectrum, `length` numbers."""
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = at < length
-    real, imaginary = _take(spectrum, 2 * at, inside), _take(spectrum, 2 * at + 1, inside)
+    real, imaginary = take(spectrum, 2 * at, inside), take(spectrum, 2 * at + 1, inside)
     _, cosine, sine = _polar(real, imaginary)
-    value = _take(magnitude, at, inside)
+    value = take(magnitude, at, inside)
     tl.store(y + 2 * at, value * cosine, mask=inside)
     tl.store(y + 2 * at + 1, value * sine, mask=inside)
 
@@ -55,12 +52,12 @@ def _with_magnitude_gradient_kernel(
     """Gradients of spectrum and magnitude; least: one number for `frequencies` of them each."""
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = at < length
-    real, imaginary = _take(spectrum, 2 * at, inside), _take(spectrum, 2 * at + 1, inside)
+    real, imaginary = take(spectrum, 2 * at, inside), take(spectrum, 2 * at + 1, inside)
     own, cosine, sine = _polar(real, imaginary)
-    grad_real, grad_imaginary = _take(grad_y, 2 * at, inside), _take(grad_y, 2 * at + 1, inside)
+    grad_real, grad_imaginary = take(grad_y, 2 * at, inside), take(grad_y, 2 * at + 1, inside)
     along = grad_real * cosine + grad_imaginary * sine  # the rest turns the phase
     tl.store(grad_magnitude + at, along, mask=inside)
-    value = _take(magnitude, at, inside) / tl.maximum(own, _take(least, at // frequencies, inside))
+    value = take(magnitude, at, inside) / tl.maximum(own, take(least, at // frequencies, inside))
     value = tl.where(own == 0, 0.0, value)
     tl.store(grad_spectrum + 2 * at, value * (grad_real - along * cosine), mask=inside)
     tl.store(grad_spectrum + 2 * at + 1, value * (grad_imaginary - along * sine), mask=inside)

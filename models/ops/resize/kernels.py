@@ -6,7 +6,7 @@ A program has PIXELS pixels of PLANES resized maps: where they come from is foun
 import triton
 import triton.language as tl
 
-from models.ops.plane_kernels import own_share
+from models.ops.plane_kernels import own_share, take
 
 SIZES = ["planes", "height", "width", "new_width", "length"]
 
@@ -17,11 +17,6 @@ def _source(index, scale, size):
     at = tl.maximum((index + 0.5) * scale - 0.5, 0.0)  # in float32, as PyTorch
     low = tl.minimum(at.to(tl.int32), size - 1)
     return low, tl.minimum(low + 1, size - 1), at - low
-
-
-@triton.jit
-def _take(x, at, inside):
-    return tl.load(x + at, mask=inside, other=0.0).to(tl.float32)
 
 
 @triton.jit(do_not_specialize=SIZES)
@@ -45,10 +40,10 @@ def _resize_kernel(
     left, right, across = _source(pixel % new_width, column_scale, width)
     for plane in range(first, tl.minimum(first + PLANES, planes)):
         source = x + tl.cast(plane, tl.int64) * height * width
-        upper = (1 - across) * _take(source, top * width + left, inside)
-        upper += across * _take(source, top * width + right, inside)
-        lower = (1 - across) * _take(source, bottom * width + left, inside)
-        lower += across * _take(source, bottom * width + right, inside)
+        upper = (1 - across) * take(source, top * width + left, inside)
+        upper += across * take(source, top * width + right, inside)
+        lower = (1 - across) * take(source, bottom * width + left, inside)
+        lower += across * take(source, bottom * width + right, inside)
         value = (1 - down) * upper + down * lower
         at = tl.cast(plane, tl.int64) * length + pixel
         tl.store(y + at, value.to(y.dtype.element_ty), mask=inside)

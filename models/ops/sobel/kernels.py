@@ -6,14 +6,9 @@ A program has PIXELS pixels of PLANES maps: where their neighbours lie is found 
 import triton
 import triton.language as tl
 
-from models.ops.plane_kernels import own_share
+from models.ops.plane_kernels import own_share, take
 
 SIZES = ["planes", "height", "width"]
-
-
-@triton.jit
-def _take(x, at, inside):
-    return tl.load(x + at, mask=inside, other=0.0).to(tl.float32)
 
 
 @triton.jit
@@ -35,12 +30,12 @@ def _sobel_kernel(
     for plane in range(first, tl.minimum(first + PLANES, planes)):
         start = tl.cast(plane, tl.int64) * height * width
         source = x + start
-        upper_left = _take(source, above + left, inside)
-        upper_right = _take(source, above + right, inside)
-        lower_left = _take(source, below + left, inside)
-        lower_right = _take(source, below + right, inside)
-        middle = _take(source, row + right, inside) - _take(source, row + left, inside)
-        vertical = _take(source, below + column, inside) - _take(source, above + column, inside)
+        upper_left = take(source, above + left, inside)
+        upper_right = take(source, above + right, inside)
+        lower_left = take(source, below + left, inside)
+        lower_right = take(source, below + right, inside)
+        middle = take(source, row + right, inside) - take(source, row + left, inside)
+        vertical = take(source, below + column, inside) - take(source, above + column, inside)
         across = (upper_right - upper_left) + 2 * middle + (lower_right - lower_left)
         along = (lower_left - upper_left) + 2 * vertical + (lower_right - upper_right)
         _put(gradient_x, start + pixel, across, inside)
@@ -95,6 +90,6 @@ def _sobel_gradient_kernel(
                 if across > 0:
                     has, weight, slope = has_row & (column < width - 1), after, -after
                 at = start + pixel + down * width + across
-                total += row_weight * slope * _take(grad_gradient_x, at, has)
-                total += row_slope * weight * _take(grad_gradient_y, at, has)
+                total += row_weight * slope * take(grad_gradient_x, at, has)
+                total += row_slope * weight * take(grad_gradient_y, at, has)
         _put(grad_x, start + pixel, total, inside)
