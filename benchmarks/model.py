@@ -17,6 +17,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Literal
 from unittest import mock
 
 import torch
@@ -46,7 +47,13 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=4, help="of the train step")
     parser.add_argument("--precision", nargs="+", default=["tf32"], choices=PRECISIONS)
     parser.add_argument("--backend", nargs="+", default=["auto"])
-    parser.add_argument("--recompute", nargs="+", default=["false", "true"])
+    parser.add_argument(
+        "--recompute",
+        nargs="+",
+        default=list(RECOMPUTE),
+        choices=RECOMPUTE,
+        help="as model.recompute",
+    )
     parser.add_argument("--repeats", type=int, default=10)
     arguments = parser.parse_args()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -77,23 +84,26 @@ def main() -> None:
                 run = forward_once(GraphedModel(model), config, device, precision)
                 in_turn, _ = measure(run, device, arguments)
             for recompute in arguments.recompute:
-                model.set_recompute(recompute == "true")
+                model.set_recompute(RECOMPUTE[recompute])
                 with step_once(model, config, device, precision, False) as run:
                     train = measure(run, device, arguments)
                 again = None
                 if device.type == "cuda":
                     with step_once(model, config, device, precision, True) as run:
                         again = measure(run, device, arguments)
-                left = kept(model, config, device, precision, arguments.batch)
+                left = "–"  # of "light" PyTorch's hooks do not show all
+                if recompute != "light":
+                    left = f"{kept(model, config, device, precision, arguments.batch):.2f}"
                 print(
                     f"| {backend} | {precision} | {forward[0]:.1f} | {forward[1]:.2f} "
                     f"| {replayed[0]:.1f} | {in_turn:.1f} | {arguments.batch} | {recompute} "
                     f"| {train[0]:.1f} "
-                    f"| {f'{again[0]:.1f}' if again else '–'} | {train[1]:.2f} | {left:.2f} |",
+                    f"| {f'{again[0]:.1f}' if again else '–'} | {train[1]:.2f} | {left} |",
                     flush=True,
                 )
 
 
+RECOMPUTE: dict[str, bool | Literal["light"]] = {"false": False, "light": "light", "true": True}
 PRECISIONS = {  # autocast dtype, TF32
     "float32": (None, False),
     "tf32": (None, True),

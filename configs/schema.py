@@ -1,7 +1,7 @@
 """The typed config tree: every field with its unit and range; values live in base_config.yaml."""
 
 from pathlib import PurePosixPath, PureWindowsPath
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 from pydantic import (
     AfterValidator,
@@ -45,8 +45,10 @@ class _Section(BaseModel):
     def _truth_is_no_number(cls, values: Any) -> Any:
         """Pydantic takes true for 1."""
         for name, value in values.items() if isinstance(values, dict) else ():
-            field = cls.model_fields.get(name)
-            if isinstance(value, bool) and field is not None and field.annotation is not bool:
+            known = cls.model_fields.get(name)
+            if known is None or not isinstance(value, bool):
+                continue
+            if bool not in (known.annotation, *get_args(known.annotation)):
                 raise ValueError(f"{name} takes no truth value, got {str(value).lower()}")
         return values
 
@@ -108,7 +110,8 @@ class ModelConfig(_Section):
     # lower case), or "orthogonal", the explicit stand-in without CLIP
     pretrained: Annotated[str | None, _none_word]  # path of the VMamba weights
     scan_backend: Literal["auto", "reference", "chunked", "native", "cuda", "triton", "mamba_ssm"]
-    recompute: bool = False  # in training; the default is for checkpoints older than the field
+    recompute: bool | Literal["light"] = False  # of the activations in training: none, all, or
+    # "light", all but the scans'; the default is for checkpoints older than the field
     drop_path: Annotated[float, Field(ge=0, lt=1)]  # rate at the last encoder block
     image_mean: tuple[float, float, float]  # standardisation inside each encoder
     image_std: tuple[

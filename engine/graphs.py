@@ -99,14 +99,22 @@ class GraphedGradient:
         compute: takes and returns nested tuples and dicts of tensors on a GPU (and, for arguments,
             of what it does not look at), and must not wait for the GPU. Its backward pass adds to
             the gradients of `parameters`.
+        side_by_side: whether independent parts run beside one another in the recording.
     Attributes:
         is_recorded: whether there is a recording yet.
     Raises:
         InputError: on recording, when it cannot be.
     """
 
-    def __init__(self, compute: Callable[..., Any], parameters: list[nn.Parameter]) -> None:
+    def __init__(
+        self,
+        compute: Callable[..., Any],
+        parameters: list[nn.Parameter],
+        *,
+        side_by_side: bool = False,
+    ) -> None:
         self.is_recorded = False
+        self._side_by_side = side_by_side
         self._compute = compute
         self._parameters = parameters
         self._calls = 0
@@ -149,6 +157,7 @@ class GraphedGradient:
                 orders_read() as self._orders,
                 # thread_local: a loader's thread may pin memory meanwhile
                 torch.cuda.graph(self._graph, capture_error_mode="thread_local"),
+                side_streams() if self._side_by_side else contextlib.nullcontext(),
             ):
                 self._result = self._compute(*self._arguments)
         except torch.cuda.OutOfMemoryError:

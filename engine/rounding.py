@@ -1,33 +1,48 @@
 """Mixed precision with all weights rounded together."""
 
-from typing import Any
+from collections.abc import Callable
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from models.layers import Float32Conv2d
 
+Result = TypeVar("Result")
+
 _PRODUCTS = (nn.Conv1d, nn.Conv2d, nn.Linear)  # whose operands autocast rounds
 
 
-def call_rounded(model: nn.Module, dtype: torch.dtype | None, *inputs: Tensor) -> Any:
-    """model(*inputs) under autocast to `dtype` (None: without).
+def with_rounded_weights(
+    model: nn.Module, dtype: torch.dtype | None, run: Callable[[nn.Module], Result]
+) -> Result:
+    """run(model), which under autocast to `dtype` finds the weights rounded (None: as they are).
 
     Autocast alone rounds each weight in a kernel of its own, and its gradient in another: more than
-    a thousand small kernels a step. Values and gradients are the same.
+    a thousand small kernels a step. Values and gradients are the same. `run` includes the backward
+    pass: parts that are computed anew in it find the same weights, and the rounded ones stay until
+    all gradients are there, also of branches that read them on streams of their own.
     """
-    device = inputs[0].device.type
     if dtype is None:
-        with torch.autocast(device, enabled=False):
-            return model(*inputs)
+        return run(model)
     weights = {
-        f"{name}.weight": module.weight
+        f"model.{name}.weight": module.weight
         for name, module in model.named_modules()
         if isinstance(module, _PRODUCTS) and not _stays_wide(module)
     }
-    rounded = _Rounded.apply(dtype, *weights.values())
-    with torch.autocast(device, dtype=dtype):
-        return torch.func.functional_call(model, dict(zip(weights, rounded, strict=True)), inputs)
+    rounded = dict(zip(weights, _Rounded.apply(dtype, *weights.values()), strict=True))
+    return torch.func.functional_call(_Run(model), rounded, (run,))
+
+
+class _Run(nn.Module):
+    """What is done with a network, as a module that holds it."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, run: Callable[[nn.Module], Result]) -> Result:
+        return run(self.model)
 
 
 def _stays_wide(module: nn.Module) -> bool:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from configs import Config
 from engine.graphs import GraphedGradient
 from engine.losses import Batch, PixelCounts, count_pixels, joint_loss
-from engine.rounding import call_rounded
+from engine.rounding import with_rounded_weights
 from engine.state import TrainingState
 from utils.distributed import average, gather_objects, largest, reduce_sum, world_size
 
@@ -116,7 +116,8 @@ def recorded_steps(state: TrainingState, config: Config) -> Iterator[None]:
     """
     if config.train.cuda_graph and state.parameters[0].is_cuda:
         compute = functools.partial(_add_gradient, state, config)
-        state.graph = GraphedGradient(compute, state.parameters)
+        is_alone = world_size() == 1
+        state.graph = GraphedGradient(compute, state.parameters, side_by_side=is_alone)
     try:
         yield
     finally:
@@ -128,12 +129,18 @@ def _add_gradient(
 ) -> tuple[dict[str, Tensor], Tensor]:
     """Add this part's share of the step's gradient; its losses, and its experts' shares."""
     dtype = _AUTOCAST_DTYPES[config.train.precision]
-    output = call_rounded(state.model, dtype, batch.rgb, batch.thermal)
-    parts = joint_loss(output, batch, config.loss, counts)
-    total = parts["total"] / config.train.accumulation
-    total = total * torch.where(total.isfinite(), 1.0, torch.nan)
-    state.scaler.scale(total).backward()
-    return {name: part.detach() for name, part in parts.items()}, state.model.expert_shares()
+
+    def differentiate(model: nn.Module) -> dict[str, Tensor]:
+        with torch.autocast(batch.rgb.device.type, dtype=dtype, enabled=dtype is not None):
+            output = model(batch.rgb, batch.thermal)
+        parts = joint_loss(output, batch, config.loss, counts)
+        total = parts["total"] / config.train.accumulation
+        total = total * torch.where(total.isfinite(), 1.0, torch.nan)
+        state.scaler.scale(total).backward()
+        return {name: part.detach() for name, part in parts.items()}
+
+    parts = with_rounded_weights(state.model, dtype, differentiate)
+    return parts, state.model.expert_shares()
 
 
 def _update(state: TrainingState, config: Config) -> tuple[Tensor, Tensor]:

@@ -1,17 +1,21 @@
-"""Independent parts of the network, side by side on a GPU where that costs nothing else.
+"""Independent parts of the network, side by side on a GPU.
 
-Most maps of one image are too small to fill a GPU. While an inference forward is recorded as a CUDA
-graph, a part may be recorded on a stream of its own and then runs beside others in every replay.
-Launched kernel by kernel nothing would be gained, because Python is what takes the time, and in
-training the memory of a branch could not be used again by the others.
+Most maps of one image are too small to fill a GPU, and so are many of a few. While a forward is
+recorded as a CUDA graph, a part may be recorded on a stream of its own and then runs beside others
+in every replay, and so does its gradient: autograd runs each on the stream of its forward. Launched
+kernel by kernel nothing would be gained, because Python is what takes the time.
 """
 
-from collections.abc import Callable, Iterator
+from collections import defaultdict
+from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from typing import Generic, TypeVar
+from functools import partial
+from typing import Any, Generic, TypeVar
 
 import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
 
 Result = TypeVar("Result")
 
@@ -19,19 +23,38 @@ _POOL = 32  # PyTorch gives out so many streams, in turn
 
 
 class _Streams:
-    """Of one recording: those in use, no two the same, and those not waited for yet."""
+    """Of one recording: which are in use, and which may be taken by whom."""
 
     def __init__(self) -> None:
-        self.used = [torch.cuda.current_stream()]
-        self.open: list[torch.cuda.Stream] = []
+        self.open: list[torch.cuda.Stream] = []  # not waited for yet
+        self._used = [torch.cuda.current_stream()]
+        self._free: defaultdict[torch.cuda.Stream, list[torch.cuda.Stream]] = defaultdict(list)
 
-    def new(self) -> torch.cuda.Stream | None:
-        """One that is not in use; None where there is none left."""
+    def take(self) -> torch.cuda.Stream | None:
+        """A stream that begins where the current one stands; None where there is none left.
+
+        One that the current stream has waited for comes first. Those that others waited for would
+        let what begins now wait for what it does not need.
+        """
+        parent = torch.cuda.current_stream()
+        stream = self._free[parent].pop() if self._free[parent] else self._new()
+        if stream is not None:
+            self.open.append(stream)
+            stream.wait_stream(parent)
+        return stream
+
+    def join(self, stream: torch.cuda.Stream) -> None:
+        """Let the current stream wait for one that was taken."""
+        parent = torch.cuda.current_stream()
+        parent.wait_stream(stream)
+        self.open.remove(stream)
+        self._free[parent].append(stream)
+
+    def _new(self) -> torch.cuda.Stream | None:
         for _ in range(_POOL):
             stream = torch.cuda.Stream()
-            if stream not in self.used:
-                self.used.append(stream)
-                self.open.append(stream)
+            if stream not in self._used:
+                self._used.append(stream)
                 return stream
         return None
 
@@ -46,7 +69,7 @@ def _recording() -> _Streams | None:
 
 @contextmanager
 def side_streams() -> Iterator[None]:
-    """Let branches run beside one another: for the recording of an inference forward.
+    """Let branches run beside one another, while a CUDA graph is recorded.
 
     To be entered on the stream that records. What an exception leaves unfinished is joined, so that
     the recording can end and the exception is seen.
@@ -66,36 +89,39 @@ def side_streams() -> Iterator[None]:
 class Branch(Generic[Result]):
     """A part that may run beside whatever follows, until its result is asked for.
 
-    `part` must hold all that it reads, which thus stays in memory meanwhile. In a recording each
-    branch has a stream that no other has: memory given back there is taken again by none but its
-    own kernels.
+    All tensors that `part` reads, but the network's own, are among its arguments. What one stream
+    makes and another reads, here or for the gradient, is not taken again in the whole recording.
     """
 
-    def __init__(self, part: Callable[[], Result]) -> None:
-        self._part = part
+    def __init__(self, part: partial[Result]) -> None:
         self._streams = _recording()
-        self._stream = None if self._streams is None else self._streams.new()
+        self._stream = None if self._streams is None else self._streams.take()
         if self._stream is None:
             self._result = part()
             return
-        self._stream.wait_stream(torch.cuda.current_stream())
+        _share((part.args, part.keywords), self._stream)
         with torch.cuda.stream(self._stream):
             self._result = part()
 
     def result(self) -> Result:
         """What the part returned; what follows comes after it."""
         if self._stream is not None:
-            torch.cuda.current_stream().wait_stream(self._stream)
-            self._streams.open.remove(self._stream)
+            self._streams.join(self._stream)
+            _share(self._result, torch.cuda.current_stream())
             self._stream = None
         return self._result
 
 
-def side_by_side(
-    first: Callable[[], Result], second: Callable[[], Result]
-) -> tuple[Result, Result]:
+def side_by_side(first: partial[Result], second: partial[Result]) -> tuple[Result, Result]:
     """The results of two parts; where they cannot run side by side, in this order."""
     if _recording() is None:
         return first(), second()
     branch = Branch(second)
     return first(), branch.result()
+
+
+def _share(tree: Any, stream: torch.cuda.Stream) -> None:
+    """Tell the allocator that the stream reads the tensors in `tree`, which is another's memory."""
+    for leaf in pytree.tree_leaves(tree):
+        if isinstance(leaf, Tensor):
+            leaf.record_stream(stream)

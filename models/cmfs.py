@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from functools import partial
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -135,16 +135,17 @@ class CMFS(nn.Module):
             x_rgb, x_thermal = x_rgb + of_rgb, x_thermal + of_thermal
         return x_rgb, x_thermal, *self.semantic[stage](x_rgb, x_thermal)
 
-    def set_recompute(self, is_on: bool) -> None:
+    def set_recompute(self, which: bool | Literal["light"]) -> None:
         """Keep only the maps between parts in training, and compute what lies inside them twice.
 
-        Less than half of the activations is kept, for the time of a second forward. An SS2D inside
-        another part is computed anew with it; only the segmentation head's stands alone.
+        Less than half of the activations is kept, for the time of a second forward; with "light"
+        the scans' results are kept, too, and not computed again. An SS2D inside another part is
+        computed anew with it; only the segmentation head's stands alone.
         """
         for module in self.modules():
             if isinstance(module, Recomputed):
-                module.recompute = is_on and not isinstance(module, SS2D)
-        self.segmentation_head.ss2d.recompute = is_on
+                module.recompute = False if isinstance(module, SS2D) else which
+        self.segmentation_head.ss2d.recompute = which
 
     def expert_shares(self) -> Tensor:
         """(blocks, E): the share of samples that each expert of each MoE block got last."""

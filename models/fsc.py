@@ -24,7 +24,7 @@ from models.ops.phase import with_magnitude
 from models.ss2d import SS2D
 
 
-class FrequencySpatialCollaboration(Recomputed):
+class FrequencySpatialCollaboration(nn.Module):
     """Wavelet and spatial branches, joined in the Fourier domain. (B, C, H, W) -> (B, C, H, W).
 
     The caller adds the residual.
@@ -40,7 +40,7 @@ class FrequencySpatialCollaboration(Recomputed):
         return self.fourier(*side_by_side(partial(self.spatial, x), partial(self.wavelet, x)))
 
 
-class WaveletBranch(nn.Module):
+class WaveletBranch(Recomputed):
     """A windowed SS2D over the two-level Haar bands laid out as one map of the input's size."""
 
     def __init__(self, channels: int, *, d_state: int, expand: int) -> None:
@@ -56,7 +56,7 @@ class WaveletBranch(nn.Module):
         return crop(haar_idwt2(*untile_bands(bands)), x.shape[-2:])
 
 
-class SpatialBranch(nn.Module):
+class SpatialBranch(Recomputed):
     """Two scaled residuals: a whole-map SS2D, then convolutions with channel attention."""
 
     def __init__(self, channels: int, *, d_state: int, expand: int) -> None:
@@ -89,7 +89,7 @@ class ChannelAttentionBlock(nn.Sequential):
         )
 
 
-class FourierBranch(nn.Module):
+class FourierBranch(Recomputed):
     """Mix both branches by the magnitude of their spectra; phases stay as they are.
 
     spatial, wavelet: (B, C, H, W) -> (B, C, H, W), H, W >= 2. The transform is orthonormal, so that

@@ -1,11 +1,16 @@
 """Small layers that several parts of the network share; maps are channel-first (B, C, H, W)."""
 
-from typing import Any
+from functools import partial
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import (
+    CheckpointPolicy,
+    checkpoint,
+    create_selective_checkpoint_contexts,
+)
 
 from models.ops.channel_norm import channel_norm
 from models.ops.depthwise import depthwise_conv
@@ -19,12 +24,16 @@ _FEW_CHANNELS = 64
 class Recomputed(nn.Module):
     """A part that may forget what lies inside it in training and compute it anew for the gradient.
 
+    With recompute "light" the results of its scans are kept, which take longest to compute. Those
+    are the operators of models/ops; PyTorch's own loops and mamba-ssm's run a second time.
+
     Gradients are those of the plain part. It must not hold a BatchNorm, whose statistics would
-    count each batch twice, and its forward must not draw random numbers: they would be others the
-    second time. draw() is the place for them.
+    count each batch twice, nor a Branch: it is computed anew on a single stream, where its memory
+    would be taken again while gradients on others read it. And its forward must not draw random
+    numbers: they would be others the second time. draw() is the place for them.
     """
 
-    recompute = False
+    recompute: bool | Literal["light"] = False
 
     def draw(self, *inputs: Any) -> tuple[Any, ...]:
         """Random numbers for one call; forward gets them after its inputs."""
@@ -34,9 +43,17 @@ class Recomputed(nn.Module):
         inputs = (*inputs, *self.draw(*inputs))
         if self.recompute and self.training:
             # The generator's state cannot be kept in a CUDA graph, and need not be.
-            options = {"use_reentrant": False, "preserve_rng_state": False}
+            options: dict[str, Any] = {"use_reentrant": False, "preserve_rng_state": False}
+            if self.recompute == "light":
+                options["context_fn"] = partial(create_selective_checkpoint_contexts, _keep_scans)
             return checkpoint(super().__call__, *inputs, **options)
         return super().__call__(*inputs)
+
+
+def _keep_scans(_context: Any, operator: Any, *_arguments: Any, **_options: Any) -> Any:
+    if operator.name().startswith(("cmfs::selective_scan", "cmfs::ss2d_scan")):
+        return CheckpointPolicy.MUST_SAVE
+    return CheckpointPolicy.PREFER_RECOMPUTE
 
 
 class LayerNorm2d(nn.LayerNorm):

@@ -20,7 +20,7 @@ from models.ops.padding import crop
 from models.text_prior import TextPrior
 
 
-class ModalInteractionAlignment(Recomputed):
+class ModalInteractionAlignment(nn.Module):
     """Shuffle and scan each modality, then let them exchange what each region needs.
 
     rgb, thermal: (B, C, H, W) -> two maps of the same shape; any H and W.
@@ -71,7 +71,7 @@ class ModalInteractionAlignment(Recomputed):
         return self.text_gate(self.context(torch.cat([rgb, thermal], dim=1)), text_prior)
 
 
-class ShuffleMambaBlock(nn.Module):
+class ShuffleMambaBlock(Recomputed):
     """Channel shuffle in 2 groups, LayerNorm, bidirectional Mamba over raster order, residual.
 
     (B, C, H, W) -> (B, C, H, W); the residual starts after the shuffle.
@@ -125,7 +125,7 @@ class RegionTextGate(nn.Module):
         return self.gate(similarity)
 
 
-class RegionModalInteraction(nn.Module):
+class RegionModalInteraction(Recomputed):
     """Exchange between the modalities, weighted per position, per region and by the text gate.
 
     F_rgb' = (a_c + a_s)_rgb · F_th · w · g + F_rgb and F_th' likewise with 1 − w, where a_c and

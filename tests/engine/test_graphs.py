@@ -10,6 +10,7 @@ from torch import nn
 from configs import load_config
 from engine import graphs
 from engine.graphs import GraphedGradient, GraphedModel
+from engine.rounding import with_rounded_weights
 from models import branches, build_model
 from models.ops.ss2d_scan.orders import scan_orders
 from utils.errors import InputError
@@ -152,6 +153,22 @@ def test_parts_of_small_images_alone_run_side_by_side(
     assert found == [is_side_by_side]
 
 
+@pytest.mark.parametrize("is_side_by_side", [True, False])
+def test_parts_of_a_step_run_side_by_side_where_it_is_asked_for(
+    graphs_on_cpu, monkeypatch, is_side_by_side
+):
+    found = []
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: None)
+
+    def compute(x):
+        found.append(branches._streams.get() is not None)
+        return x
+
+    graphed = GraphedGradient(compute, [nn.Parameter(torch.ones(1))], side_by_side=is_side_by_side)
+    graphed._record((torch.ones(1),))
+    assert found == [is_side_by_side]
+
+
 def test_a_recording_holds_the_scan_orders_that_it_reads(graphs_on_cpu):
     def compute(x):
         orders = scan_orders(3, 5, "cross", 4, x.device)
@@ -212,6 +229,49 @@ class TestOnGPU:
                 ours = graphed(*inputs)
                 torch.testing.assert_close(ours.logits, expected.logits, rtol=1e-4, atol=1e-4)
                 torch.testing.assert_close(ours.fused, expected.fused, rtol=1e-4, atol=1e-4)
+
+    @pytest.mark.parametrize("precision", ["float32", "bf16"])
+    @pytest.mark.parametrize("recompute", ["false", "light", "true"])
+    def test_gradients_of_branches_leave_one_another_alone(self, monkeypatch, precision, recompute):
+        """The paper's network in training, side by side and in turn, in several recordings.
+
+        In turn twice, because sums of other orders differ, in bfloat16 by more.
+        """
+        monkeypatch.setattr(torch.backends.cuda.matmul, "allow_tf32", False)
+        monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+        settings = [*SETTINGS, f"model.recompute={recompute}", "model.drop_path=0"]
+        torch.manual_seed(0)
+        model = build_model(load_config("mfnet", settings)).to("cuda").train()
+        for dropout in (m for m in model.modules() if isinstance(m, nn.Dropout2d)):
+            dropout.p = 0.0
+        parameters = list(model.parameters())
+        dtype = torch.bfloat16 if precision == "bf16" else None
+
+        def compute(rgb, thermal):
+            def differentiate(model):
+                with torch.autocast("cuda", dtype=dtype, enabled=dtype is not None):
+                    output = model(rgb, thermal)
+                loss = output.logits.float().square().mean() + output.fused.float().mean()
+                (loss + output.balance_loss).backward()
+                return loss.detach()
+
+            return with_rounded_weights(model, dtype, differentiate)
+
+        gradients = []
+        for side_by_side in (False, False, True, True, True):
+            graphed = GraphedGradient(compute, parameters, side_by_side=side_by_side)
+            for seed in (0, 0, 0, 1, 2, 3):
+                for parameter in parameters:
+                    parameter.grad = None
+                graphed(*pair(96, 160, seed, device="cuda"))
+                if seed:
+                    gradients.append(torch.cat([p.grad.flatten() for p in parameters]))
+            del graphed
+        expected, again, *ours = (gradients[i : i + 3] for i in range(0, len(gradients), 3))
+        for found in ours:
+            for a, b, c in zip(expected, again, found, strict=True):
+                noise = (a - b).norm() + 1e-5 * a.norm()
+                assert (c - a).norm() < 5 * noise
 
     def test_sees_weights_that_change_in_place(self):
         model = make_model("cuda")

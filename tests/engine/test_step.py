@@ -2,6 +2,7 @@
 
 import copy
 from multiprocessing import get_context
+from types import SimpleNamespace
 from typing import NamedTuple
 
 import numpy as np
@@ -387,6 +388,25 @@ def test_a_cpu_launches_its_steps():
         assert state.graph is None
 
 
+@pytest.mark.parametrize(("ranks", "is_side_by_side"), [(1, True), (2, False)])
+def test_parts_run_side_by_side_where_there_is_one_rank(monkeypatch, ranks, is_side_by_side):
+    """What ranks exchange inside a step stays on one stream, in one order."""
+    found = []
+
+    class Gradient:
+        def __init__(self, compute, parameters, *, side_by_side):
+            found.append(side_by_side)
+
+    monkeypatch.setattr(step_module, "GraphedGradient", Gradient)
+    monkeypatch.setattr(step_module, "world_size", lambda: ranks)
+    config = config_with("train.cuda_graph=true")
+    on_gpu = SimpleNamespace(parameters=[SimpleNamespace(is_cuda=True)], graph=None)
+    with recorded_steps(on_gpu, config):
+        assert isinstance(on_gpu.graph, Gradient)
+    assert on_gpu.graph is None
+    assert found == [is_side_by_side]
+
+
 def test_other_errors_pass_the_memory_guard():
     with pytest.raises(ZeroDivisionError), explained_out_of_memory(CONFIG, CPU.device):
         raise ZeroDivisionError
@@ -431,7 +451,7 @@ def test_a_step_never_waits_for_the_gpu(precision, is_whole, is_recorded):
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize(
     ("precision", "accumulation", "recompute"),
-    [("float32", 1, False), ("float32", 2, False), ("float32", 1, True), ("bf16", 2, True)],
+    [("float32", 1, False), ("float32", 2, "light"), ("float32", 1, True), ("bf16", 2, "light")],
 )
 def test_recorded_steps_do_what_launched_ones_do(monkeypatch, precision, accumulation, recompute):
     """Random parts, running statistics, a bad step and one of another size included.

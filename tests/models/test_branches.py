@@ -1,13 +1,17 @@
 """Parts side by side: what waits for what, and where they run one after the other."""
 
 import contextlib
+from functools import partial
 
 import pytest
 import torch
+from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from configs import load_config
 from models import branches, build_model
 from models.branches import Branch, side_by_side, side_streams
+from models.layers import Recomputed
 
 
 class Stream:
@@ -25,6 +29,7 @@ class Recording:
 
     def __init__(self, count, first):
         self.events = []
+        self.shared = set()  # (memory, the stream that reads another's)
         self.pool = [Stream(f"side {index}", self.events) for index in range(count)]
         self.main = Stream("main", self.events)
         self.current = [self.main]
@@ -42,14 +47,56 @@ class Recording:
         finally:
             self.current.pop()
 
-    def part(self, name):
+    def part(self, name, *inputs):
         """A part that notes where it runs, and returns its name."""
 
-        def run():
+        def run(*_):
             self.events.append(f"{name} on {self.current[-1].name}")
             return name
 
-        return run
+        return partial(run, *inputs)
+
+    def share(self, tensor, stream):
+        self.shared.add((memory(tensor), stream))
+
+
+def memory(tensor):
+    return tensor.untyped_storage().data_ptr()
+
+
+class Reads(TorchDispatchMode):
+    """Of the operators that run on a recording's streams: those that read another stream's memory.
+
+    What its own stream made, what was shared with it, and what was there before, one may read.
+    """
+
+    def __init__(self, recording):
+        super().__init__()
+        self.recording = recording
+        self.owner = {}
+        self.alive = []  # so that no address comes again
+        self.unshared = set()
+        self.crossing = 0
+
+    def __torch_dispatch__(self, operator, types, arguments=(), options=None):
+        options = options or {}
+        stream = self.recording.current[-1]
+        for tensor in self.tensors_in((arguments, options)):
+            owner = self.owner.setdefault(memory(tensor), None)
+            if owner in (None, stream):
+                continue
+            self.crossing += 1
+            if (memory(tensor), stream) not in self.recording.shared:
+                self.unshared.add((str(operator), owner.name, stream.name, tuple(tensor.shape)))
+        result = operator(*arguments, **options)
+        for tensor in self.tensors_in(result):
+            self.owner.setdefault(memory(tensor), stream)
+        return result
+
+    def tensors_in(self, tree):
+        found = [x for x in pytree.tree_leaves(tree) if isinstance(x, torch.Tensor) and x.numel()]
+        self.alive += found
+        return found
 
 
 @pytest.fixture
@@ -59,6 +106,9 @@ def record(monkeypatch):
         monkeypatch.setattr(torch.cuda, "Stream", recording.new_stream)
         monkeypatch.setattr(torch.cuda, "stream", recording.on)
         monkeypatch.setattr(torch.cuda, "current_stream", lambda: recording.current[-1])
+        monkeypatch.setattr(
+            torch.Tensor, "record_stream", lambda x, stream: recording.share(x, stream)
+        )
         return recording
 
     return make
@@ -87,7 +137,7 @@ def test_two_parts_begin_together(record):
 def test_a_branch_within_a_branch_has_a_stream_of_its_own(record):
     recording = record()
     with side_streams():
-        outer = Branch(lambda: side_by_side(recording.part("a"), recording.part("b")))
+        outer = Branch(partial(side_by_side, recording.part("a"), recording.part("b")))
         assert outer.result() == ("a", "b")
     assert recording.events == [
         "side 1 waits for main", "side 2 waits for side 1", "b on side 2", "a on side 1",
@@ -95,21 +145,85 @@ def test_a_branch_within_a_branch_has_a_stream_of_its_own(record):
     ]  # fmt: skip
 
 
-@pytest.mark.parametrize("first", range(32))
-def test_no_two_branches_of_the_network_share_a_stream(record, first):
-    """Nor has one the recording's own, wherever the turn of the streams begins.
+def test_a_stream_is_taken_again_by_who_waited_for_it_alone(record):
+    """Another, who did not wait, would else begin later than it could."""
+    recording = record()
+    with side_streams():
+        outer = Branch(partial(side_by_side, recording.part("a"), recording.part("b")))
+        side_by_side(recording.part("c"), recording.part("d"))
+        side_by_side(recording.part("e"), recording.part("f"))
+        outer.result()
+    where = dict(event.split(" on ") for event in recording.events if " on " in event)
+    assert where == {
+        "a": "side 1", "b": "side 2", "c": "main", "d": "side 3", "e": "main", "f": "side 3",
+    }  # fmt: skip
 
-    A stream's memory would else be taken again while another still reads it.
+
+@pytest.mark.parametrize("keyword", [False, True])
+def test_inputs_and_results_are_shared(record, keyword):
+    recording = record()
+    x, y, z = torch.ones(2), torch.ones(3), torch.ones(4)
+
+    def run(maps):
+        assert {(memory(x), recording.pool[1])} == recording.shared
+        return {"result": [y, z]}
+
+    with side_streams():
+        branch = Branch(partial(run, maps=(x, "")) if keyword else partial(run, (x, "")))
+        assert branch.result()["result"][0] is y
+    assert recording.shared == {
+        (memory(x), recording.pool[1]), (memory(y), recording.main), (memory(z), recording.main),
+    }  # fmt: skip
+
+
+def make_network(**settings):
+    torch.manual_seed(0)
+    settings |= {"model.text_prior": "orthogonal", "model.pretrained": "none"}
+    return build_model(load_config("demo", [f"{k}={v}" for k, v in settings.items()]))
+
+
+@pytest.mark.parametrize("first", [0, 1, 20, 31])
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("recompute", ["false", "light"])
+def test_the_network_reads_no_memory_that_is_not_shared(record, first, training, recompute):
+    """It would be taken again while another stream still reads it, here or for the gradient.
+
+    Nor has a branch the recording's own stream, wherever the turn of the streams begins.
     """
     recording = record(first=first)
     recording.current = [recording.pool[0]]  # which records
-    config = load_config("demo", ["model.text_prior=orthogonal", "model.pretrained=none"])
-    model = build_model(config).eval()
-    with side_streams(), torch.no_grad():
-        model(torch.rand(1, 3, 32, 32), torch.rand(1, 3, 32, 32))
-    waits = [event.split(" waits for ") for event in recording.events]
+    model = make_network(**{"model.recompute": recompute}).train(training)
+    images = torch.rand(2, 2, 3, 32, 32)
+    model(*images)  # tables of the scans' orders are kept
+    with side_streams(), torch.set_grad_enabled(training), Reads(recording) as reads:
+        model(*images)
+    assert not reads.unshared
+    assert reads.crossing > 23
+    begins = [event for event in recording.events if event.startswith("side")]
+    waits = [event.split(" waits for ") for event in begins]
     assert len(waits) == 2 * 23  # each branch begins and ends
-    assert len({stream for wait in waits for stream in wait}) == 24  # and the recording's own
+    assert all(a != b for a, b in waits)
+
+
+@pytest.mark.parametrize("recompute", ["light", "true"])
+def test_no_branch_lies_in_a_part_that_is_computed_anew(record, monkeypatch, recompute):
+    model = make_network(**{"model.recompute": recompute})
+    inside, branches_ = [], []
+    for part in model.modules():
+        if isinstance(part, Recomputed) and part.recompute:
+            part.register_forward_pre_hook(lambda part, _: inside.append(part))
+            part.register_forward_hook(lambda *_: inside.pop() and None)
+    take = branches._Streams.take
+
+    def watch(streams):
+        branches_.append(list(inside))
+        return take(streams)
+
+    monkeypatch.setattr(branches._Streams, "take", watch)
+    record()
+    with side_streams():
+        model(torch.rand(2, 3, 32, 32), torch.rand(2, 3, 32, 32))
+    assert branches_ == 23 * [[]]
 
 
 def test_without_streams_left_parts_run_where_they_are(record):
@@ -131,20 +245,13 @@ def test_an_exception_leaves_no_stream_unjoined(record):
         raise torch.cuda.OutOfMemoryError("no memory")
 
     with pytest.raises(torch.cuda.OutOfMemoryError, match="no memory"), side_streams():
-        Branch(fail)
+        Branch(partial(fail))
     assert recording.events[-2:] == ["main waits for side 1", "main waits for side 2"]
     assert branches._streams.get() is None
 
 
-def test_a_branch_holds_what_its_part_reads():
-    """Else its memory would be another's while the branch still reads it."""
-    x = torch.ones(3)
-    branch = Branch(lambda: x.sum())
-    assert x is branch._part.__closure__[0].cell_contents
-
-
 def test_one_after_the_other_elsewhere(record):
-    """On a CPU, launched, and in training."""
+    """On a CPU, and launched."""
     recording = record()
     branch = Branch(recording.part("a"))
     assert side_by_side(recording.part("b"), recording.part("c")) == ("b", "c")

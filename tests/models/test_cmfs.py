@@ -312,10 +312,12 @@ def gradients_and_kept_bytes(model):
     return gradients, buffers, sum(kept.values())
 
 
-def test_recompute_changes_memory_alone():
+@pytest.mark.filterwarnings("ignore:A saved_tensors_hooks context:FutureWarning")
+@pytest.mark.parametrize("which", ["light", "true"])
+def test_recompute_changes_memory_alone(which):
     settings = ["train.crop=[64,96]", "model.drop_path=0.5"]
     results = []
-    for recompute in ("false", "true"):
+    for recompute in ("false", which):
         torch.manual_seed(0)
         config = load_config("demo", [*settings, f"model.recompute={recompute}"])
         results.append(gradients_and_kept_bytes(build_model(config)))
@@ -327,8 +329,9 @@ def test_recompute_changes_memory_alone():
     assert our_bytes < 0.5 * plain_bytes
 
 
-def test_recomputed_parts_hold_no_batch_norm(model):
-    model.set_recompute(True)
+@pytest.mark.parametrize("which", ["light", True])
+def test_recomputed_parts_hold_no_batch_norm(model, which):
+    model.set_recompute(which)
     parts = [part for part in model.modules() if getattr(part, "recompute", False)]
     assert parts
     assert not any(isinstance(m, nn.BatchNorm2d) for part in parts for m in part.modules())

@@ -3,7 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 
 from models import layers
 from models.layers import DepthwiseConv2d, resize, shuffle_channels
@@ -94,3 +94,58 @@ def test_resize_s_gradient_is_not_rounded_by_autocast():
     with torch.autocast("cpu", torch.bfloat16):
         found = torch.autograd.grad(resize(x, (9, 11)).square().sum(), x)
     torch.testing.assert_close(found, expected)
+
+
+_calls: list[str] = []
+
+
+@torch.library.custom_op("cmfs::selective_scan_counted", mutates_args=())
+def _scan(x: Tensor) -> Tensor:
+    _calls.append("scan")
+    return x.exp()
+
+
+@torch.library.custom_op("cmfs::norm_counted", mutates_args=())
+def _norm(x: Tensor) -> Tensor:
+    _calls.append("norm")
+    return x.exp()
+
+
+for _operator in (_scan, _norm):
+    _operator.register_autograd(
+        lambda ctx, grad: grad * ctx.saved_tensors[0],
+        setup_context=lambda ctx, inputs, output: ctx.save_for_backward(output),
+    )
+
+
+class Part(layers.Recomputed):
+    def draw(self, x):
+        return (torch.rand_like(x),)
+
+    def forward(self, x, factor):
+        return _norm(_scan(_norm(x) * factor)).sum()
+
+
+@pytest.mark.parametrize(
+    ("recompute", "training", "again"),
+    [
+        (False, True, []),
+        ("light", True, ["norm", "norm"]),
+        (True, True, ["norm", "scan", "norm"]),
+        (True, False, []),
+        ("light", False, []),
+    ],
+)
+def test_what_is_computed_a_second_time(recompute, training, again):
+    part, x = Part().train(training), torch.linspace(0, 0.1, 4).requires_grad_()
+    torch.manual_seed(0)
+    _calls.clear()
+    (expected,) = torch.autograd.grad(part(x), x)
+    assert _calls == ["norm", "scan", "norm"]
+    part.recompute = recompute
+    torch.manual_seed(0)
+    result = part(x)
+    _calls.clear()
+    (gradient,) = torch.autograd.grad(result, x)
+    assert _calls == again
+    assert torch.equal(gradient, expected)
