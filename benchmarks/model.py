@@ -6,18 +6,19 @@
 Random images and weights; medians of the timed repeats after a warm-up; one table per call.
 "kept" is what a training forward leaves for the gradient; "replayed" the forward as eval.py and
 predict.py run it on a GPU, and the training step as train.cuda_graph has it, as CUDA graphs; "in
-turn" the same forward without parts side by side.
+turn" the same without parts side by side. "reserved" is what the allocator took from the GPU.
 """
 
 import argparse
 import contextlib
+import gc
 import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NamedTuple
 from unittest import mock
 
 import torch
@@ -59,7 +60,9 @@ def main() -> None:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     print(f"machine: {environment_info()}")
     columns = ("scan", "precision", "forward b1 ms", "peak GB", "replayed ms", "in turn ms")
-    columns += ("batch", "recompute", "train step ms", "replayed ms", "peak GB", "kept GB")
+    columns += ("batch", "recompute", "train step ms", "peak GB", "reserved GB")
+    columns += ("replayed ms", "peak GB", "reserved GB", "in turn ms", "peak GB", "reserved GB")
+    columns += ("kept GB",)
     print(f"| {' | '.join(columns)} |")
     print("|" + "---|" * len(columns))
     for backend in arguments.backend:
@@ -76,31 +79,16 @@ def main() -> None:
         )
         model = build_model(config).to(device)
         for precision in arguments.precision:
-            forward, replayed = (
-                measure(forward_once(network, config, device, precision), device, arguments)
-                for network in (model, GraphedModel(model))
-            )
-            with mock.patch.object(graphs, "side_streams", contextlib.nullcontext):
-                run = forward_once(GraphedModel(model), config, device, precision)
-                in_turn, _ = measure(run, device, arguments)
+            cells = [
+                backend,
+                precision,
+                *forward_cells(model, config, device, precision, arguments),
+            ]
             for recompute in arguments.recompute:
                 model.set_recompute(RECOMPUTE[recompute])
-                with step_once(model, config, device, precision, False) as run:
-                    train = measure(run, device, arguments)
-                again = None
-                if device.type == "cuda":
-                    with step_once(model, config, device, precision, True) as run:
-                        again = measure(run, device, arguments)
-                left = "–"  # of "light" PyTorch's hooks do not show all
-                if recompute != "light":
-                    left = f"{kept(model, config, device, precision, arguments.batch):.2f}"
-                print(
-                    f"| {backend} | {precision} | {forward[0]:.1f} | {forward[1]:.2f} "
-                    f"| {replayed[0]:.1f} | {in_turn:.1f} | {arguments.batch} | {recompute} "
-                    f"| {train[0]:.1f} "
-                    f"| {f'{again[0]:.1f}' if again else '–'} | {train[1]:.2f} | {left} |",
-                    flush=True,
-                )
+                steps = step_cells(model, config, device, precision, arguments)
+                row = [*cells, str(arguments.batch), recompute, *steps]
+                print(f"| {' | '.join(row)} |", flush=True)
 
 
 RECOMPUTE: dict[str, bool | Literal["light"]] = {"false": False, "light": "light", "true": True}
@@ -109,6 +97,53 @@ PRECISIONS = {  # autocast dtype, TF32
     "tf32": (None, True),
     "bf16": (torch.bfloat16, True),
 }
+
+
+class Figures(NamedTuple):
+    """Of repeated calls, their recording included; gigabytes are 0 on a CPU."""
+
+    ms: float  # the median
+    peak: float  # GB of tensors at once
+    reserved: float  # GB that the allocator took from the GPU for them
+
+
+def forward_cells(
+    model: CMFS,
+    config: Config,
+    device: torch.device,
+    precision: str,
+    arguments: argparse.Namespace,
+) -> list[str]:
+    launched, replayed = (
+        measure(forward_once(network, config, device, precision), device, arguments)
+        for network in (model, GraphedModel(model))
+    )
+    with mock.patch.object(graphs, "side_streams", contextlib.nullcontext):
+        run = forward_once(GraphedModel(model), config, device, precision)
+        in_turn = measure(run, device, arguments)
+    return [f"{launched.ms:.1f}", f"{launched.peak:.2f}", f"{replayed.ms:.1f}", f"{in_turn.ms:.1f}"]
+
+
+def step_cells(
+    model: CMFS,
+    config: Config,
+    device: torch.device,
+    precision: str,
+    arguments: argparse.Namespace,
+) -> list[str]:
+    """Launched; recorded with parts side by side, and in turn."""
+    cells = []
+    ways = (
+        [(False, False), (True, True), (True, False)] if device.type == "cuda" else [(False, False)]
+    )
+    for is_recorded, side_by_side in ways:
+        with step_once(model, config, device, precision, is_recorded, side_by_side) as run:
+            found = measure(run, device, arguments)
+        cells += [f"{found.ms:.1f}", f"{found.peak:.2f}", f"{found.reserved:.2f}"]
+    cells += ["–"] * (9 - len(cells))
+    if model.segmentation_head.ss2d.recompute == "light":  # PyTorch's hooks do not show all
+        return [*cells, "–"]
+    return [*cells, f"{kept(model, config, device, precision, arguments.batch):.2f}"]
 
 
 def forward_once(
@@ -126,12 +161,19 @@ def forward_once(
 
 @contextmanager
 def step_once(
-    model: CMFS, config: Config, device: torch.device, precision: str, is_recorded: bool
+    model: CMFS,
+    config: Config,
+    device: torch.device,
+    precision: str,
+    is_recorded: bool,
+    side_by_side: bool = True,
 ) -> Iterator[Callable[[], None]]:
     """A training step as engine/trainer.py takes it."""
     autocast_dtype, _ = PRECISIONS[precision]
     named = "bf16" if autocast_dtype else "float32"
-    train = config.train.model_copy(update={"precision": named, "cuda_graph": is_recorded})
+    train = config.train.model_copy(
+        update={"precision": named, "cuda_graph": is_recorded, "side_by_side": side_by_side}
+    )
     config = config.model_copy(update={"train": train})
     state = build_state(config, model, Devices(device, 0, 0, 1), steps_per_epoch=1)
     batch = random_batch(config, device, train.batch_size)
@@ -184,14 +226,16 @@ def random_batch(config: Config, device: torch.device, batch_size: int) -> Sampl
 
 def measure(
     run: Callable[[], None], device: torch.device, arguments: argparse.Namespace
-) -> tuple[float, float]:
-    """Median milliseconds and peak gigabytes (0 on a CPU)."""
+) -> Figures:
     is_cuda = device.type == "cuda"
+    if is_cuda:
+        gc.collect()
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
     for _ in range(4):  # a graph is recorded at the third call
         run()
     if is_cuda:
         torch.cuda.synchronize()
-        torch.cuda.reset_peak_memory_stats()
     times = []
     for _ in range(arguments.repeats):
         start = time.perf_counter()
@@ -199,8 +243,11 @@ def measure(
         if is_cuda:
             torch.cuda.synchronize()
         times.append(1e3 * (time.perf_counter() - start))
-    peak = torch.cuda.max_memory_allocated() / 1e9 if is_cuda else 0.0
-    return statistics.median(times), peak
+    milliseconds = statistics.median(times)
+    if not is_cuda:
+        return Figures(milliseconds, 0.0, 0.0)
+    peaks = (torch.cuda.max_memory_allocated() / 1e9, torch.cuda.max_memory_reserved() / 1e9)
+    return Figures(milliseconds, *peaks)
 
 
 if __name__ == "__main__":

@@ -144,6 +144,8 @@ class TrainConfig(_Section):
     tf32: bool  # TF32 matrix units for float32 products on GPU
     cuda_graph: bool = True  # replay forward and backward instead of launching them kernel by
     # kernel, on GPUs; older checkpoints do not have it
+    side_by_side: bool = True  # where steps are replayed and there is one rank, independent parts
+    # of the network beside one another: faster, for more memory; older checkpoints lack it
     save_every_s: Annotated[float, Field(ge=0)]  # least age of epoch-last.pth when an epoch's
     # end replaces it
     checkpoint_start: Annotated[int, Field(ge=0)]  # epoch of the first kept checkpoint

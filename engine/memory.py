@@ -19,8 +19,9 @@ def explained_out_of_memory(config: Config, device: torch.device) -> Iterator[No
         f"{at_once} images of {train.crop[0]}x{train.crop[1]} at once (train.batch_size "
         f"{train.batch_size}, {ranks} processes, train.accumulation {train.accumulation}), "
         f"{train.precision}",
-        f"set model.recompute=light or true, or train.accumulation={2 * train.accumulation}, which "
-        f"keeps the batch, or train.precision=bf16, or a smaller train.crop",
+        f"set train.side_by_side=false, model.recompute=light or true, or "
+        f"train.accumulation={2 * train.accumulation}, which keeps the batch, or "
+        f"train.precision=bf16, or a smaller train.crop",
         device,
     ):
         yield

@@ -112,12 +112,14 @@ def recorded_steps(state: TrainingState, config: Config) -> Iterator[None]:
     """On a GPU, let train_step replay its forward and backward as a CUDA graph (train.cuda_graph).
 
     Ranks record what they exchange for batch statistics, too; the gradients' exchange follows.
-    The recording is gone at the end: NCCL does not let ranks disconnect before.
+    The recording is gone at the end: NCCL does not let ranks disconnect before. Parts run side by
+    side (train.side_by_side) where there is one rank: several would exchange on several streams,
+    which was not tried.
     """
     if config.train.cuda_graph and state.parameters[0].is_cuda:
         compute = functools.partial(_add_gradient, state, config)
-        is_alone = world_size() == 1
-        state.graph = GraphedGradient(compute, state.parameters, side_by_side=is_alone)
+        side_by_side = config.train.side_by_side and world_size() == 1
+        state.graph = GraphedGradient(compute, state.parameters, side_by_side=side_by_side)
     try:
         yield
     finally:

@@ -23,11 +23,11 @@ _POOL = 32  # PyTorch gives out so many streams, in turn
 
 
 class _Streams:
-    """Of one recording: which are in use, and which may be taken by whom."""
+    """Of one recording: which are in use, and who may take them again."""
 
     def __init__(self) -> None:
-        self.open: list[torch.cuda.Stream] = []  # not waited for yet
-        self._used = [torch.cuda.current_stream()]
+        self.used: list[torch.cuda.Stream] = []
+        self._recording = torch.cuda.current_stream()
         self._free: defaultdict[torch.cuda.Stream, list[torch.cuda.Stream]] = defaultdict(list)
 
     def take(self) -> torch.cuda.Stream | None:
@@ -39,7 +39,6 @@ class _Streams:
         parent = torch.cuda.current_stream()
         stream = self._free[parent].pop() if self._free[parent] else self._new()
         if stream is not None:
-            self.open.append(stream)
             stream.wait_stream(parent)
         return stream
 
@@ -47,14 +46,13 @@ class _Streams:
         """Let the current stream wait for one that was taken."""
         parent = torch.cuda.current_stream()
         parent.wait_stream(stream)
-        self.open.remove(stream)
         self._free[parent].append(stream)
 
     def _new(self) -> torch.cuda.Stream | None:
         for _ in range(_POOL):
             stream = torch.cuda.Stream()
-            if stream not in self._used:
-                self._used.append(stream)
+            if stream not in (self._recording, *self.used):
+                self.used.append(stream)
                 return stream
         return None
 
@@ -71,15 +69,16 @@ def _recording() -> _Streams | None:
 def side_streams() -> Iterator[None]:
     """Let branches run beside one another, while a CUDA graph is recorded.
 
-    To be entered on the stream that records. What an exception leaves unfinished is joined, so that
-    the recording can end and the exception is seen.
+    To be entered on the stream that records. After an exception all streams are joined, also those
+    that were before and have gone on in a backward pass, so that the recording can end and the
+    exception is seen.
     """
     streams = _Streams()
     token = _streams.set(streams)
     try:
         yield
     except BaseException:
-        for stream in streams.open:
+        for stream in streams.used:
             torch.cuda.current_stream().wait_stream(stream)
         raise
     finally:

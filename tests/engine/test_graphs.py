@@ -1,6 +1,7 @@
 """Recorded forwards and gradients are those of the network itself."""
 
 import contextlib
+from functools import partial
 from typing import NamedTuple
 
 import pytest
@@ -12,6 +13,7 @@ from engine import graphs
 from engine.graphs import GraphedGradient, GraphedModel
 from engine.rounding import with_rounded_weights
 from models import branches, build_model
+from models.branches import side_by_side
 from models.ops.ss2d_scan.orders import scan_orders
 from utils.errors import InputError
 
@@ -230,8 +232,9 @@ class TestOnGPU:
                 torch.testing.assert_close(ours.logits, expected.logits, rtol=1e-4, atol=1e-4)
                 torch.testing.assert_close(ours.fused, expected.fused, rtol=1e-4, atol=1e-4)
 
-    @pytest.mark.parametrize("precision", ["float32", "bf16"])
-    @pytest.mark.parametrize("recompute", ["false", "light", "true"])
+    @pytest.mark.parametrize(
+        ("precision", "recompute"), [("float32", "false"), ("bf16", "light"), ("bf16", "true")]
+    )
     def test_gradients_of_branches_leave_one_another_alone(self, monkeypatch, precision, recompute):
         """The paper's network in training, side by side and in turn, in several recordings.
 
@@ -258,8 +261,8 @@ class TestOnGPU:
             return with_rounded_weights(model, dtype, differentiate)
 
         gradients = []
-        for side_by_side in (False, False, True, True, True):
-            graphed = GraphedGradient(compute, parameters, side_by_side=side_by_side)
+        for is_side_by_side in (False, False, True, True):
+            graphed = GraphedGradient(compute, parameters, side_by_side=is_side_by_side)
             for seed in (0, 0, 0, 1, 2, 3):
                 for parameter in parameters:
                     parameter.grad = None
@@ -272,6 +275,35 @@ class TestOnGPU:
             for a, b, c in zip(expected, again, found, strict=True):
                 noise = (a - b).norm() + 1e-5 * a.norm()
                 assert (c - a).norm() < 5 * noise
+
+    def test_a_full_gpu_is_seen_as_such(self):
+        """Where the gradient of a part on another stream finds no memory."""
+
+        class Fill(torch.autograd.Function):
+            @staticmethod
+            def forward(ctx, x):
+                return x.clone()
+
+            @staticmethod
+            def backward(ctx, grad):
+                if torch.cuda.is_current_stream_capturing():
+                    grad = grad.repeat(2**50)
+                return grad
+
+        weight = nn.Parameter(torch.ones(3, device="cuda"))
+
+        def compute(x):
+            ours, other = side_by_side(
+                partial(torch.mul, weight, x), partial(Fill.apply, x * weight)
+            )
+            (ours + other).sum().backward()
+            return x
+
+        graphed = GraphedGradient(compute, [weight], side_by_side=True)
+        x = torch.ones(3, device="cuda")
+        graphed(x), graphed(x)
+        with pytest.raises(torch.cuda.OutOfMemoryError):
+            graphed(x)
 
     def test_sees_weights_that_change_in_place(self):
         model = make_model("cuda")

@@ -388,8 +388,13 @@ def test_a_cpu_launches_its_steps():
         assert state.graph is None
 
 
-@pytest.mark.parametrize(("ranks", "is_side_by_side"), [(1, True), (2, False)])
-def test_parts_run_side_by_side_where_there_is_one_rank(monkeypatch, ranks, is_side_by_side):
+@pytest.mark.parametrize(
+    ("ranks", "is_wanted", "is_side_by_side"),
+    [(1, True, True), (2, True, False), (1, False, False)],
+)
+def test_parts_run_side_by_side_where_there_is_one_rank(
+    monkeypatch, ranks, is_wanted, is_side_by_side
+):
     """What ranks exchange inside a step stays on one stream, in one order."""
     found = []
 
@@ -399,7 +404,7 @@ def test_parts_run_side_by_side_where_there_is_one_rank(monkeypatch, ranks, is_s
 
     monkeypatch.setattr(step_module, "GraphedGradient", Gradient)
     monkeypatch.setattr(step_module, "world_size", lambda: ranks)
-    config = config_with("train.cuda_graph=true")
+    config = config_with("train.cuda_graph=true", f"train.side_by_side={is_wanted}")
     on_gpu = SimpleNamespace(parameters=[SimpleNamespace(is_cuda=True)], graph=None)
     with recorded_steps(on_gpu, config):
         assert isinstance(on_gpu.graph, Gradient)

@@ -250,6 +250,16 @@ def test_an_exception_leaves_no_stream_unjoined(record):
     assert branches._streams.get() is None
 
 
+def test_an_exception_of_a_backward_pass_leaves_no_stream_unjoined(record):
+    """The gradient goes on where the forward was joined."""
+    recording = record()
+    with pytest.raises(torch.cuda.OutOfMemoryError), side_streams():
+        Branch(recording.part("a")).result()
+        recording.events.append("backward")
+        raise torch.cuda.OutOfMemoryError("no memory")
+    assert recording.events[-2:] == ["backward", "main waits for side 1"]
+
+
 def test_one_after_the_other_elsewhere(record):
     """On a CPU, and launched."""
     recording = record()
