@@ -1,22 +1,20 @@
 """Small layers that several parts of the network share; maps are channel-first (B, C, H, W)."""
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import (
-    CheckpointPolicy,
-    checkpoint,
-    create_selective_checkpoint_contexts,
-)
+from torch.utils import checkpoint as checkpointing
 
 from models.ops.channel_norm import channel_norm
 from models.ops.depthwise import depthwise_conv
 from models.ops.epilogue import epilogue
 from models.ops.padding import replicate_pad
 from models.ops.resize import bilinear_resize
+from utils.errors import InputError
 
 _FEW_CHANNELS = 64
 
@@ -25,7 +23,8 @@ class Recomputed(nn.Module):
     """A part that may forget what lies inside it in training and compute it anew for the gradient.
 
     With recompute "light" the results of its scans are kept, which take longest to compute. Those
-    are the operators of models/ops; PyTorch's own loops and mamba-ssm's run a second time.
+    are the operators of models/ops; PyTorch's own loops and mamba-ssm's run a second time. It needs
+    PyTorch 2.5; in training before that an InputError says so.
 
     Gradients are those of the plain part. It must not hold a BatchNorm, whose statistics would
     count each batch twice, nor a Branch: it is computed anew on a single stream, where its memory
@@ -45,15 +44,25 @@ class Recomputed(nn.Module):
             # The generator's state cannot be kept in a CUDA graph, and need not be.
             options: dict[str, Any] = {"use_reentrant": False, "preserve_rng_state": False}
             if self.recompute == "light":
-                options["context_fn"] = partial(create_selective_checkpoint_contexts, _keep_scans)
-            return checkpoint(super().__call__, *inputs, **options)
+                options["context_fn"] = _keeping_scans()
+            return checkpointing.checkpoint(super().__call__, *inputs, **options)
         return super().__call__(*inputs)
 
 
-def _keep_scans(_context: Any, operator: Any, *_arguments: Any, **_options: Any) -> Any:
-    if operator.name().startswith(("cmfs::selective_scan", "cmfs::ss2d_scan")):
-        return CheckpointPolicy.MUST_SAVE
-    return CheckpointPolicy.PREFER_RECOMPUTE
+def _keeping_scans() -> Callable[[], Any]:
+    """For a checkpoint: the context of its forward and that of its computation anew."""
+    if not hasattr(checkpointing, "CheckpointPolicy"):
+        raise InputError(
+            f"model.recompute=light needs PyTorch 2.5 or later, this is {torch.__version__}; "
+            f"model.recompute=true does not"
+        )
+    policies = checkpointing.CheckpointPolicy
+
+    def choose(_context: Any, operator: Any, *_arguments: Any, **_options: Any) -> Any:
+        is_scan = operator.name().startswith(("cmfs::selective_scan", "cmfs::ss2d_scan"))
+        return policies.MUST_SAVE if is_scan else policies.PREFER_RECOMPUTE
+
+    return partial(checkpointing.create_selective_checkpoint_contexts, choose)
 
 
 class LayerNorm2d(nn.LayerNorm):

@@ -9,6 +9,7 @@ from configs import load_config
 from engine import rounding
 from engine.rounding import with_rounded_weights
 from models import build_model, layers, mamba
+from tests.recompute import LIGHT
 
 
 @pytest.fixture
@@ -35,7 +36,7 @@ def outputs_and_gradients(model, dtype, *, is_rounded=True, device="cpu"):
     return [*output, *(p.grad for p in model.parameters() if p.requires_grad)]
 
 
-@pytest.mark.parametrize("recompute", [False, "light", True], ids=str)
+@pytest.mark.parametrize("recompute", [False, LIGHT, True])
 def test_as_autocast(model, recompute):
     model.set_recompute(recompute)
     expected = outputs_and_gradients(model, torch.bfloat16, is_rounded=False)
@@ -69,7 +70,7 @@ def test_rounded_weights_stay_until_all_gradients_are_there(model, monkeypatch):
     assert all(x.expired() for x in rounded)
 
 
-@pytest.mark.parametrize("recompute", ["light", True])
+@pytest.mark.parametrize("recompute", [LIGHT, True])
 def test_what_is_computed_anew_finds_the_same_weights(model, recompute):
     seen = []
     model.set_recompute(recompute)

@@ -12,6 +12,7 @@ from configs import load_config
 from models import branches, build_model
 from models.branches import Branch, side_by_side, side_streams
 from models.layers import Recomputed
+from tests.recompute import LIGHT
 
 
 class Stream:
@@ -184,7 +185,7 @@ def make_network(**settings):
 
 @pytest.mark.parametrize("first", [0, 1, 20, 31])
 @pytest.mark.parametrize("training", [True, False])
-@pytest.mark.parametrize("recompute", ["false", "light"])
+@pytest.mark.parametrize("recompute", ["false", LIGHT])
 def test_the_network_reads_no_memory_that_is_not_shared(record, first, training, recompute):
     """It would be taken again while another stream still reads it, here or for the gradient.
 
@@ -205,7 +206,7 @@ def test_the_network_reads_no_memory_that_is_not_shared(record, first, training,
     assert all(a != b for a, b in waits)
 
 
-@pytest.mark.parametrize("recompute", ["light", "true"])
+@pytest.mark.parametrize("recompute", [LIGHT, "true"])
 def test_no_branch_lies_in_a_part_that_is_computed_anew(record, monkeypatch, recompute):
     model = make_network(**{"model.recompute": recompute})
     inside, branches_ = [], []

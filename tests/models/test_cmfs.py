@@ -12,6 +12,7 @@ from models.ops.cuda import library
 from models.ops.haar import haar_dwt2
 from models.ops.selective_scan import dispatch
 from models.text_prior import TextPrior
+from tests.recompute import LIGHT
 from utils.errors import InputError
 
 SIZES = [(64, 96), (33, 47), (32, 32)]
@@ -313,7 +314,7 @@ def gradients_and_kept_bytes(model):
 
 
 @pytest.mark.filterwarnings("ignore:A saved_tensors_hooks context:FutureWarning")
-@pytest.mark.parametrize("which", ["light", "true"])
+@pytest.mark.parametrize("which", [LIGHT, "true"])
 def test_recompute_changes_memory_alone(which):
     settings = ["train.crop=[64,96]", "model.drop_path=0.5"]
     results = []

@@ -7,6 +7,8 @@ from torch import Tensor, nn
 
 from models import layers
 from models.layers import DepthwiseConv2d, resize, shuffle_channels
+from tests.recompute import LIGHT
+from utils.errors import InputError
 
 SIZES = [((5, 7), (20, 28)), ((3, 4), (7, 9)), ((1, 1), (4, 3)), ((9, 8), (3, 5)), ((6, 6), (6, 6))]
 
@@ -126,11 +128,20 @@ class Part(layers.Recomputed):
         return _norm(_scan(_norm(x) * factor)).sum()
 
 
+def test_an_old_pytorch_cannot_keep_scans_alone(monkeypatch):
+    monkeypatch.delattr(layers.checkpointing, "CheckpointPolicy", raising=False)
+    part = Part()
+    part.recompute = "light"
+    part.eval()(torch.ones(4))
+    with pytest.raises(InputError, match=r"light needs PyTorch 2\.5 or later, this is 2\."):
+        part.train()(torch.ones(4))
+
+
 @pytest.mark.parametrize(
     ("recompute", "training", "again"),
     [
         (False, True, []),
-        ("light", True, ["norm", "norm"]),
+        pytest.param("light", True, ["norm", "norm"], marks=LIGHT.marks),
         (True, True, ["norm", "scan", "norm"]),
         (True, False, []),
         ("light", False, []),
