@@ -45,7 +45,7 @@ from torch import nn
 from tqdm import tqdm
 
 from configs import Config, dump_config, load_config
-from dataloader.dataset import files_by_stem
+from dataloader.dataset import IMAGE_SUFFIXES, files_by_stem
 from engine.checkpoint import load_model
 from engine.graphs import GraphedModel
 from engine.inference import (
@@ -266,14 +266,20 @@ def find_pairs(rgb: Path, thermal: Path) -> list[PairFiles]:
         return [PairFiles(rgb.stem, rgb, thermal)]
     rgb_files, thermal_files = (images_by_stem(folder) for folder in (rgb, thermal))
     names = sorted(rgb_files.keys() & thermal_files.keys())
+    suffixes = " ".join(sorted(IMAGE_SUFFIXES))
     if not names:
         raise InputError(
             f"{rgb} holds {len(rgb_files)} images and {thermal} {len(thermal_files)}, but no name "
-            f"is in both; files are paired by name, whatever their suffix"
+            f"is in both; files are paired by name, whatever their suffix ({suffixes})"
         )
     unmatched = sorted(rgb_files.keys() ^ thermal_files.keys())
     if unmatched:
-        log.warning("left out, %d without a partner: %s", len(unmatched), ", ".join(unmatched))
+        log.warning(
+            "left out, %d without a partner (%s): %s",
+            len(unmatched),
+            suffixes,
+            ", ".join(unmatched),
+        )
     return [PairFiles(name, rgb_files[name], thermal_files[name]) for name in names]
 
 

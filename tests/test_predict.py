@@ -357,6 +357,16 @@ def test_pairs_that_cannot_be_are_refused(folders, tmp_path):
         script.find_pairs(rgb, thermal)
 
 
+def test_images_left_out_are_named_with_the_suffixes_that_count(folders, caplog):
+    rgb, thermal = folders
+    (thermal / "lonely.webp").write_bytes(b"")
+    with caplog.at_level("WARNING"):
+        pairs = script.find_pairs(rgb, thermal)
+    assert [pair.name for pair in pairs] == ["a", "b", "c"]
+    expected = "left out, 2 without a partner (.bmp .jpeg .jpg .png .tif .tiff): lonely, spare"
+    assert caplog.messages == [expected]
+
+
 @pytest.mark.parametrize("tile", [["16", "64"], ["64"]])
 def test_a_wrong_tile_is_refused(monkeypatch, capsys, folders, checkpoint, tmp_path, tile):
     refused(monkeypatch, capsys, *folders, checkpoint, tmp_path / "out", "--tile", *tile)
