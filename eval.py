@@ -48,7 +48,6 @@ from engine.results import (
     remove_other_pictures,
     write_json,
     write_segmentation,
-    write_text,
 )
 from engine.tables import segmentation_summary, segmentation_table
 from utils.cli import add_checkpoint_flags, common_parser, run_main
@@ -61,6 +60,7 @@ from utils.distributed import (
     shutdown,
     start_processes,
 )
+from utils.files import write_whole
 from utils.image import to_uint8
 from utils.log import setup_logging
 from utils.run_folder import RunFolder
@@ -104,8 +104,8 @@ def main() -> None:
         results[name] = result
     if len(results) > 1 and is_main_process():
         summary = segmentation_summary(results)
-        write_text(folder.eval_folder(f"summary{suffix}.md"), summary)
-        write_text(folder.eval_folder(f"summary{suffix}.html"), segmentation_curves(results))
+        write_whole(folder.eval_folder(f"summary{suffix}.md"), summary)
+        write_whole(folder.eval_folder(f"summary{suffix}.html"), segmentation_curves(results))
         print(summary)
     shutdown()
 
@@ -160,8 +160,8 @@ def score(
             model, loader.dataset, config, devices.device, scores=ious, metric="mIoU"
         )
         page = segmentation_report(result, *extremes)
-        write_text(target / "report.html", page)
-        write_text(target / "table.md", segmentation_table(result))
+        write_whole(target / "report.html", page)
+        write_whole(target / "table.md", segmentation_table(result))
         write_json(file, result)
     return result
 

@@ -41,7 +41,6 @@ from engine.results import (
     finished_result,
     remove_other_pictures,
     write_json,
-    write_text,
 )
 from engine.tables import fusion_summary, fusion_table
 from utils.cli import add_checkpoint_flags, common_parser, run_main
@@ -53,6 +52,7 @@ from utils.distributed import (
     shutdown,
     start_processes,
 )
+from utils.files import write_whole
 from utils.image import colorize, contact_sheet, to_uint8, to_uint16, write_png
 from utils.log import setup_logging
 from utils.run_folder import RunFolder
@@ -103,8 +103,8 @@ def main() -> None:
         results[name] = result
     if len(results) > 1 and is_main_process():
         summary = fusion_summary(results)
-        write_text(folder.vision_folder(f"summary{suffix}.md"), summary)
-        write_text(folder.vision_folder(f"summary{suffix}.html"), fusion_curves(results))
+        write_whole(folder.vision_folder(f"summary{suffix}.md"), summary)
+        write_whole(folder.vision_folder(f"summary{suffix}.html"), fusion_curves(results))
         print(summary)
     shutdown()
 
@@ -156,9 +156,9 @@ def export(
         extremes = draw_extremes(
             model, loader.dataset, config, devices.device, scores=values, metric=RANKED_BY
         )
-        write_text(target / "report.html", fusion_report(result, RANKED_BY, *extremes))
+        write_whole(target / "report.html", fusion_report(result, RANKED_BY, *extremes))
         write_png(target / "sheet.png", contact_sheet(list(rows.values()), SHEET_TITLES))
-        write_text(target / "table.md", fusion_table(result))
+        write_whole(target / "table.md", fusion_table(result))
         write_json(file, result)
     return result
 

@@ -1,8 +1,6 @@
 """What evaluation leaves on disk: pictures and JSON, and whether that is there already."""
 
-import contextlib
 import json
-import os
 from collections import deque
 from collections.abc import Callable, Collection, Iterable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -16,7 +14,7 @@ from engine.inference import describe_inference
 from models import CMFS
 from utils.download import file_sha256
 from utils.environment import code_sha256, git_commit
-from utils.errors import InputError
+from utils.files import write_whole
 from utils.image import Palette, colorize, overlay, write_png
 
 SEGMENTATION_FOLDERS = ("segmentation", "color", "overlay")
@@ -142,21 +140,9 @@ def describe_scoring(result: Mapping[str, Any], config: Config) -> str:
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
-    """Write JSON aside, then rename; InputError where the disk does not take it."""
-    write_text(path, json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a text aside, then rename; InputError where the disk does not take it."""
-    aside = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        aside.write_text(text, encoding="utf-8")
-        aside.replace(path)
-    except OSError as error:
-        with contextlib.suppress(OSError):
-            aside.unlink(missing_ok=True)
-        raise InputError(f"cannot write {path}: {error.strerror}") from error
+    """Write JSON whole; InputError where the disk does not take it."""
+    text = json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False)
+    write_whole(path, text + "\n")
 
 
 def remove_other_pictures(target: Path, folders: Iterable[str], names: Iterable[str]) -> None:

@@ -1,8 +1,6 @@
 """TextPrior: frozen CLIP text features of the classes (MIA, Sec. 3), and the file they lie in."""
 
-import contextlib
 import json
-import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -14,6 +12,7 @@ from torch import Tensor, nn
 
 from models.layers import at_least_float32
 from utils.errors import InputError
+from utils.files import write_whole
 
 CLIP_MODEL = "ViT-B-32-quickgelu"  # open_clip's name; plain ViT-B-32 has another activation
 TEXT_DIMENSION = 512  # of CLIP ViT-B/32
@@ -111,18 +110,7 @@ def save_text_prior(
     content = safetensors.torch.save(
         {"features": features.contiguous()}, {**metadata, "prompts": json.dumps(list(prompts))}
     )
-    aside = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with open(aside, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(aside, path)
-    except OSError as error:
-        with contextlib.suppress(OSError):
-            aside.unlink(missing_ok=True)
-        raise InputError(f"text prior {path} cannot be written: {error.strerror}") from error
+    write_whole(path, content, outlasts_power_cut=True)
 
 
 def _export_command(path: Path) -> str:

@@ -32,12 +32,13 @@ if __name__ == "__main__":  # started as a file: the project's packages lie one 
 from dataloader.dataset import check_size, files_by_stem, read_list, shorten
 from engine.evaluate import Row, mean_row, score_fused
 from engine.inference import SMALLEST_SIDE
-from engine.results import write_json, write_text
+from engine.results import write_json
 from engine.tables import fusion_comparison
 from utils.cli import Parser, run_main
 from utils.distributed import setup_devices
 from utils.environment import git_commit
 from utils.errors import InputError
+from utils.files import write_whole
 from utils.fusion_baselines import BASELINES
 from utils.fusion_metrics import PROTOCOLS
 from utils.image import read_rgb, read_thermal
@@ -96,7 +97,7 @@ def main(arguments: list[str] | None = None) -> None:
     print(table)
     if options.out:
         write_json(options.out / "scores.json", result)
-        write_text(options.out / "scores.md", table)
+        write_whole(options.out / "scores.md", table)
         print(f"Written to {options.out}")
 
 

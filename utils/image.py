@@ -1,9 +1,7 @@
 """Images on disk and on screen: read, write, colour maps, contact sheets, YCbCr."""
 
-import contextlib
 import functools
 import logging
-import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -13,6 +11,7 @@ import torch
 from torch import Tensor
 
 from utils.errors import InputError
+from utils.files import write_whole
 
 log = logging.getLogger(__name__)
 
@@ -120,15 +119,7 @@ def write_png(path: str | Path, image: np.ndarray) -> None:
         )
     pixels = cv2.cvtColor(image, cv2.COLOR_RGB2BGR) if is_color else np.ascontiguousarray(image)
     data = cv2.imencode(".png", pixels)[1].tobytes()
-    aside = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        aside.write_bytes(data)
-        aside.replace(path)
-    except OSError as error:
-        with contextlib.suppress(OSError):
-            aside.unlink()
-        raise InputError(f"cannot write {path}: {error.strerror}") from error
+    write_whole(path, data)
 
 
 def colorize(label: np.ndarray, palette: Palette) -> np.ndarray:

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from dataloader.dataset import read_split
 from utils.errors import InputError
+from utils.files import write_whole
 
 WHOLE_LIST = "train_and_val"  # name of the list that keeps what train.txt was
 
@@ -57,10 +58,8 @@ def divide_train_list(folder: Path, fraction: float, seed: int) -> tuple[int, in
 
 
 def write_list(path: Path, stems: Sequence[str]) -> None:
-    """Write a list, one stem a line: aside first, then renamed."""
-    aside = path.with_name(f".{path.name}.new")
-    aside.write_text("".join(f"{stem}\n" for stem in stems), encoding="utf-8")
-    aside.replace(path)
+    """Write a list, one stem a line."""
+    write_whole(path, "".join(f"{stem}\n" for stem in stems))
 
 
 def _draw(stem: str, seed: int) -> bytes:

@@ -11,8 +11,6 @@ import torch
 from configs import load_config
 from engine.extremes import PictureRow
 from engine.report import curves_report, fusion_report, segmentation_report
-from engine.results import write_text
-from utils.errors import InputError
 from utils.image import read_rgb
 from utils.segmentation_metrics import ConfusionMatrix
 
@@ -182,9 +180,3 @@ def test_a_browser_draws_it(segmentation, browser, tmp_path):
         assert seen.get(tuple(color), 0) > 1000, color
     assert seen.get((0x1F, 0x77, 0xB4), 0) > 500, "bars of the histograms"
     assert seen.get((8, 48, 107), 0) > 3 * 500, "cells of 100 %"
-
-
-def test_a_text_that_cannot_be_written_is_one_line(tmp_path):
-    (tmp_path / "file").touch()
-    with pytest.raises(InputError, match="cannot write .*table.md: "):
-        write_text(tmp_path / "file" / "table.md", "text")
