@@ -185,6 +185,7 @@ def step_once(
 
     with recorded_steps(state, config):
         yield run
+    state.optimizer.zero_grad()  # they would keep some of a recording's memory
 
 
 def kept(

@@ -48,7 +48,7 @@ class _Section(BaseModel):
             known = cls.model_fields.get(name)
             if known is None or not isinstance(value, bool):
                 continue
-            if bool not in (known.annotation, *get_args(known.annotation)):
+            if known.annotation is not bool and value not in get_args(known.annotation):
                 raise ValueError(f"{name} takes no truth value, got {str(value).lower()}")
         return values
 
@@ -110,8 +110,8 @@ class ModelConfig(_Section):
     # lower case), or "orthogonal", the explicit stand-in without CLIP
     pretrained: Annotated[str | None, _none_word]  # path of the VMamba weights
     scan_backend: Literal["auto", "reference", "chunked", "native", "cuda", "triton", "mamba_ssm"]
-    recompute: bool | Literal["light"] = False  # of the activations in training: none, all, or
-    # "light", all but the scans'; the default is for checkpoints older than the field
+    recompute: Literal[False, "light", True] = False  # of the activations in training: none, all
+    # but the scans', all; the default is for checkpoints older than the field
     drop_path: Annotated[float, Field(ge=0, lt=1)]  # rate at the last encoder block
     image_mean: tuple[float, float, float]  # standardisation inside each encoder
     image_std: tuple[

@@ -19,12 +19,25 @@ def explained_out_of_memory(config: Config, device: torch.device) -> Iterator[No
         f"{at_once} images of {train.crop[0]}x{train.crop[1]} at once (train.batch_size "
         f"{train.batch_size}, {ranks} processes, train.accumulation {train.accumulation}), "
         f"{train.precision}",
-        f"set train.side_by_side=false, model.recompute=light or true, or "
-        f"train.accumulation={2 * train.accumulation}, which keeps the batch, or "
-        f"train.precision=bf16, or a smaller train.crop",
+        f"set {', or '.join(_training_advice(config, ranks))}",
         device,
     ):
         yield
+
+
+def _training_advice(config: Config, ranks: int) -> Iterator[str]:
+    """What takes less memory than the config does, in the order of what it costs."""
+    train = config.train
+    if train.cuda_graph and train.side_by_side and ranks == 1:
+        yield "train.side_by_side=false"
+    if train.precision == "float32":
+        yield "train.precision=bf16"
+    if config.model.recompute is False and train.cuda_graph:
+        yield "model.recompute=light"
+    if config.model.recompute is not True:
+        yield "model.recompute=true"
+    yield f"train.accumulation={2 * train.accumulation}, which keeps the batch"
+    yield "a smaller train.crop"
 
 
 @contextmanager
@@ -46,7 +59,7 @@ def _explained(what: str, advice: str, device: torch.device) -> Iterator[None]:
     try:
         yield
     except torch.cuda.OutOfMemoryError as error:
-        peak, present = torch.cuda.max_memory_allocated(device), _total_memory(device)
+        peak, present = torch.cuda.max_memory_reserved(device), _total_memory(device)
         raise InputError(
             f"GPU out of memory with {what}: peak {peak / 2**30:.1f} of {present / 2**30:.1f} GiB; "
             f"{advice}"

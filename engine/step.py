@@ -133,6 +133,7 @@ def _add_gradient(
     dtype = _AUTOCAST_DTYPES[config.train.precision]
 
     def differentiate(model: nn.Module) -> dict[str, Tensor]:
+        """The backward pass included, for which with_rounded_weights keeps what it rounded."""
         with torch.autocast(batch.rgb.device.type, dtype=dtype, enabled=dtype is not None):
             output = model(batch.rgb, batch.thermal)
         parts = joint_loss(output, batch, config.loss, counts)

@@ -23,10 +23,10 @@ _POOL = 32  # PyTorch gives out so many streams, in turn
 
 
 class _Streams:
-    """Of one recording: which are in use, and who may take them again."""
+    """Of one recording: all that were taken, and who may take which of them again."""
 
     def __init__(self) -> None:
-        self.used: list[torch.cuda.Stream] = []
+        self.taken: list[torch.cuda.Stream] = []
         self._recording = torch.cuda.current_stream()
         self._free: defaultdict[torch.cuda.Stream, list[torch.cuda.Stream]] = defaultdict(list)
 
@@ -51,8 +51,8 @@ class _Streams:
     def _new(self) -> torch.cuda.Stream | None:
         for _ in range(_POOL):
             stream = torch.cuda.Stream()
-            if stream not in (self._recording, *self.used):
-                self.used.append(stream)
+            if stream not in (self._recording, *self.taken):
+                self.taken.append(stream)
                 return stream
         return None
 
@@ -78,7 +78,7 @@ def side_streams() -> Iterator[None]:
     try:
         yield
     except BaseException:
-        for stream in streams.used:
+        for stream in streams.taken:
             torch.cuda.current_stream().wait_stream(stream)
         raise
     finally:
@@ -88,8 +88,9 @@ def side_streams() -> Iterator[None]:
 class Branch(Generic[Result]):
     """A part that may run beside whatever follows, until its result is asked for.
 
-    All tensors that `part` reads, but the network's own, are among its arguments. What one stream
-    makes and another reads, here or for the gradient, is not taken again in the whole recording.
+    All tensors that `part` reads, but the network's own, are among its arguments, and all that it
+    makes for others is in its result, or held by a module as long as anyone reads it. What one
+    stream makes and another reads, here or for the gradient, is not taken again in the recording.
     """
 
     def __init__(self, part: partial[Result]) -> None:
@@ -112,11 +113,10 @@ class Branch(Generic[Result]):
 
 
 def side_by_side(first: partial[Result], second: partial[Result]) -> tuple[Result, Result]:
-    """The results of two parts; where they cannot run side by side, in this order."""
-    if _recording() is None:
-        return first(), second()
-    branch = Branch(second)
-    return first(), branch.result()
+    """The results of two parts, which draw random numbers in this order wherever they run."""
+    branch = Branch(first)
+    other = second()
+    return branch.result(), other
 
 
 def _share(tree: Any, stream: torch.cuda.Stream) -> None:

@@ -47,6 +47,7 @@ def test_defect_7_an_unknown_name_is_an_error_with_the_nearest():
         ("train.lr=-1", "train.lr: .*greater than 0.*got -1"),
         ("train.lr=fast", "train.lr: .*got 'fast'"),
         ("train.precision=fp8", "train.precision: .*'float32', 'bf16' or 'fp16'"),
+        ("model.recompute=ligth", "model.recompute: .*False, 'light' or True .got 'ligth'"),
         ("train.crop=[480]", "train.crop"),
         ("train.crop=[16,640]", "train.crop.0: .*greater than or equal to 32"),
         ("train=3", "'train' is a section"),

@@ -238,15 +238,14 @@ class TestOnGPU:
     def test_gradients_of_branches_leave_one_another_alone(self, monkeypatch, precision, recompute):
         """The paper's network in training, side by side and in turn, in several recordings.
 
-        In turn twice, because sums of other orders differ, in bfloat16 by more.
+        The same random numbers are drawn. In turn twice, because sums of other orders differ, in
+        bfloat16 by more.
         """
         monkeypatch.setattr(torch.backends.cuda.matmul, "allow_tf32", False)
         monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
-        settings = [*SETTINGS, f"model.recompute={recompute}", "model.drop_path=0"]
+        settings = [*SETTINGS, f"model.recompute={recompute}", "model.drop_path=0.2"]
         torch.manual_seed(0)
         model = build_model(load_config("mfnet", settings)).to("cuda").train()
-        for dropout in (m for m in model.modules() if isinstance(m, nn.Dropout2d)):
-            dropout.p = 0.0
         parameters = list(model.parameters())
         dtype = torch.bfloat16 if precision == "bf16" else None
 
@@ -263,6 +262,7 @@ class TestOnGPU:
         gradients = []
         for is_side_by_side in (False, False, True, True):
             graphed = GraphedGradient(compute, parameters, side_by_side=is_side_by_side)
+            torch.manual_seed(4)
             for seed in (0, 0, 0, 1, 2, 3):
                 for parameter in parameters:
                     parameter.grad = None
@@ -301,7 +301,8 @@ class TestOnGPU:
 
         graphed = GraphedGradient(compute, [weight], side_by_side=True)
         x = torch.ones(3, device="cuda")
-        graphed(x), graphed(x)
+        for _ in range(2):
+            graphed(x)
         with pytest.raises(torch.cuda.OutOfMemoryError):
             graphed(x)
 

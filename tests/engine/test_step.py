@@ -364,14 +364,15 @@ def test_a_full_gpu_names_what_filled_it_and_what_helps(monkeypatch):
     config = config_with(
         "train.batch_size=8", "train.accumulation=2", "train.crop=[480,640]", "train.precision=bf16"
     )
-    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: 23 * 2**30)
+    monkeypatch.setattr(torch.cuda, "max_memory_reserved", lambda device: 23 * 2**30)
     monkeypatch.setattr(memory, "_total_memory", lambda device: 24 * 2**30)
     with pytest.raises(InputError) as error, explained_out_of_memory(config, CPU.device):
         raise torch.cuda.OutOfMemoryError("CUDA out of memory")
     text = str(error.value)
     for words in (
         "4 images of 480x640", "train.batch_size 8", "peak 23.0 of 24.0 GiB",
-        "train.accumulation=4", "train.crop",
+        "set train.side_by_side=false, or model.recompute=light, or model.recompute=true, or "
+        "train.accumulation=4, which keeps the batch, or a smaller train.crop",
     ):  # fmt: skip
         assert words in text
     with (
@@ -379,6 +380,29 @@ def test_a_full_gpu_names_what_filled_it_and_what_helps(monkeypatch):
         explained_full_evaluation(8, (480, 640), CPU.device),
     ):
         raise torch.cuda.OutOfMemoryError("CUDA out of memory")
+
+
+def test_where_less_memory_is_not_to_be_had_it_is_not_advised(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "max_memory_reserved", lambda device: 2**30)
+    monkeypatch.setattr(memory, "_total_memory", lambda device: 2**30)
+    config = config_with("train.cuda_graph=false", "model.recompute=true")
+    with pytest.raises(InputError) as error, explained_out_of_memory(config, CPU.device):
+        raise torch.cuda.OutOfMemoryError("CUDA out of memory")
+    assert "; set train.precision=bf16, or train.accumulation=2, which" in str(error.value)
+
+
+def test_a_step_s_backward_pass_finds_the_weights_rounded():
+    """Else what is computed anew would round them one by one, and branches lose them."""
+    config = config_with("train.precision=bf16")
+    state, seen = state_of(config), []
+
+    def watch(conv, _, y):
+        y.register_hook(lambda _: seen.append(conv.weight.dtype))
+
+    state.model.conv.register_forward_hook(watch)
+    train_step(state, batch_of(4), config)
+    assert seen == [torch.bfloat16]
+    assert state.model.conv.weight.dtype == torch.float32
 
 
 def test_a_cpu_launches_its_steps():

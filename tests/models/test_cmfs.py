@@ -4,14 +4,25 @@ import pytest
 import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from configs import load_config
 from engine.inference import use_tf32
 from models import CMFSOutput, build_model, check_scan_backend
+from models.fsc import FourierBranch, SpatialBranch, WaveletBranch
+from models.heads import GradientResidualBlock
+from models.layers import Recomputed
+from models.mia import RegionModalInteraction, ShuffleMambaBlock
+from models.moe import LowRankMoEBlock, SpatialModulatingExpert
 from models.ops.cuda import library
 from models.ops.haar import haar_dwt2
 from models.ops.selective_scan import dispatch
+from models.ss2d import SS2D
 from models.text_prior import TextPrior
+from models.vmamba import VSSBlock
+from tests.ops.emulator import needs_compiler
 from tests.recompute import LIGHT
 from utils.errors import InputError
 
@@ -295,25 +306,39 @@ class TestBuild:
         assert "orthogonal" in model.text_prior.source
 
 
+class Made(TorchDispatchMode):
+    """Notes the operators that run, and the memory that they make."""
+
+    def __init__(self):
+        super().__init__()
+        self.operators = []
+        self.made = {}
+
+    def __torch_dispatch__(self, operator, types, arguments=(), options=None):
+        result = operator(*arguments, **(options or {}))
+        self.operators.append(operator.name())
+        for tensor in pytree.tree_leaves(result):
+            if isinstance(tensor, torch.Tensor):
+                storage = tensor.untyped_storage()
+                self.made[storage._cdata] = (StorageWeakRef(storage), storage.nbytes())
+        return result
+
+    def kept_bytes(self):
+        return sum(size for storage, size in self.made.values() if not storage.expired())
+
+
 def gradients_and_kept_bytes(model):
     """Of one training step with dropout and drop path: gradients, buffers, bytes kept for them."""
-    kept = {}
-
-    def keep(tensor):
-        if not isinstance(tensor, nn.Parameter):
-            kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
-        return tensor
-
     torch.manual_seed(1)
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+    with Made() as forward:
         output = model.train()(*images((64, 96)))
+        kept = forward.kept_bytes()
     loss = output.logits.square().mean() + output.fused.mean() + output.balance_loss
     gradients = torch.autograd.grad(loss, list(model.parameters()))
     buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
-    return gradients, buffers, sum(kept.values())
+    return gradients, buffers, kept
 
 
-@pytest.mark.filterwarnings("ignore:A saved_tensors_hooks context:FutureWarning")
 @pytest.mark.parametrize("which", [LIGHT, "true"])
 def test_recompute_changes_memory_alone(which):
     settings = ["train.crop=[64,96]", "model.drop_path=0.5"]
@@ -330,9 +355,37 @@ def test_recompute_changes_memory_alone(which):
     assert our_bytes < 0.5 * plain_bytes
 
 
-@pytest.mark.parametrize("which", ["light", True])
-def test_recomputed_parts_hold_no_batch_norm(model, which):
-    model.set_recompute(which)
+@needs_compiler
+@pytest.mark.parametrize(
+    ("which", "again"), [pytest.param("light", False, marks=LIGHT.marks), ("true", True)]
+)
+def test_light_recompute_runs_no_scan_of_the_network_again(which, again):
+    settings = ["model.scan_backend=native", f"model.recompute={which}"]
+    output = build_model(load_config("demo", settings)).train()(*images((32, 32)))
+    with Made() as backward:
+        output.logits.sum().backward()
+    forward = {"cmfs::selective_scan_native", "cmfs::ss2d_scan_native"}
+    assert {f"{name}_backward" for name in forward} <= set(backward.operators)
+    assert forward & set(backward.operators) == (forward if again else set())
+
+
+def test_which_parts_are_computed_anew(model):
+    """All that may be, but an SS2D inside another: that of the segmentation head stands alone."""
+    for which in ("light", True, False):
+        model.set_recompute(which)
+        for name, part in model.named_modules():
+            if isinstance(part, Recomputed):
+                is_inside = isinstance(part, SS2D) and name != "segmentation_head.ss2d"
+                assert part.recompute == (False if is_inside else which), name
+    kinds = {type(m) for m in model.modules() if isinstance(m, Recomputed)}
+    assert kinds == {
+        VSSBlock, SS2D, ShuffleMambaBlock, RegionModalInteraction, WaveletBranch, SpatialBranch,
+        FourierBranch, LowRankMoEBlock, SpatialModulatingExpert, GradientResidualBlock,
+    }  # fmt: skip
+
+
+def test_recomputed_parts_hold_no_batch_norm(model):
+    model.set_recompute(True)
     parts = [part for part in model.modules() if getattr(part, "recompute", False)]
     assert parts
     assert not any(isinstance(m, nn.BatchNorm2d) for part in parts for m in part.modules())
