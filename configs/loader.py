@@ -1,6 +1,7 @@
 """From base_config.yaml, a dataset's file and --set overrides to one checked Config."""
 
 import difflib
+import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from configs.schema import Config
 from utils.errors import InputError
 
 _FOLDER = Path(__file__).parent
+_ODD_NUMBER = re.compile(r"[-+]?0[0-9_]+$|.*:")  # to base 8; to base 60
 
 
 class ConfigError(InputError):
@@ -69,11 +71,30 @@ def _nearest(word: str, candidates: Iterable[str]) -> str:
     return f" (did you mean '{match[0]}'?)" if match else ""
 
 
-def _check_keys(node: yaml.Node | None, checked: set[int]) -> None:
+def _parse_yaml(text: str) -> Any:
+    """The values of a YAML text; a YAMLError also for what YAML reads as nobody means it."""
+    _check_node(yaml.compose(text, yaml.SafeLoader), set())
+    try:
+        return yaml.safe_load(text)
+    except ValueError as error:  # of a number such as 0b_
+        raise yaml.YAMLError(str(error)) from error
+
+
+def _check_node(node: yaml.Node | None, checked: set[int]) -> None:
     """Raise a YAMLError where a mapping has a key twice: the loader would drop the first value.
+
+    So it does for 010, which YAML takes for 8, 1:30, for 90, and a date, which is no text.
 
     checked: ids of the nodes before, since an alias may stand for what it is in.
     """
+    if isinstance(node, yaml.ScalarNode):
+        kind = node.tag.rpartition(":")[2]
+        if kind == "timestamp" or (kind in ("int", "float") and _ODD_NUMBER.match(node.value)):
+            raise yaml.MarkedYAMLError(
+                problem=f"'{node.value}' is a date, or a number to base 8 or 60, for YAML; write "
+                f"numbers without leading zeros, and put texts in quotes",
+                problem_mark=node.start_mark,
+            )
     if not isinstance(node, yaml.CollectionNode) or id(node) in checked:
         return
     checked.add(id(node))
@@ -86,14 +107,13 @@ def _check_keys(node: yaml.Node | None, checked: set[int]) -> None:
                     problem=f"'{key.value}' is there twice", problem_mark=key.start_mark
                 )
             names.add(key.value)
-        _check_keys(value, checked)
+        _check_node(value, checked)
 
 
 def _read_yaml(path: Path) -> dict[str, Any]:
     try:
         text = path.read_text(encoding="utf-8")
-        _check_keys(yaml.compose(text, yaml.SafeLoader), set())
-        tree = yaml.safe_load(text)
+        tree = _parse_yaml(text)
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"config file {path} cannot be read: {error}") from error
     except yaml.YAMLError as error:
@@ -112,9 +132,10 @@ def _parse_override(text: str) -> dict[str, Any]:
     if not separator or not key:
         raise ConfigError(f"--set takes section.field=value, got '{text}'")
     try:
-        tree: Any = yaml.safe_load(value)
+        tree = _parse_yaml(value)
     except yaml.YAMLError as error:
-        raise ConfigError(f"--set {text}: '{value}' is not a YAML value") from error
+        reason = getattr(error, "problem", None) or "it cannot be read"
+        raise ConfigError(f"--set {text}: '{value}' is not a YAML value: {reason}") from error
     for part in reversed(key.split(".")):
         tree = {part: tree}
     return tree

@@ -80,6 +80,16 @@ class DataConfig(_Section):
         return self
 
     @model_validator(mode="after")
+    def _each_folder_once(self) -> "DataConfig":
+        images = {self.rgb_folder, self.thermal_folder}
+        if self.label_folder in images or (len(images) == 1 and self.modalities == "both"):
+            raise ValueError(
+                f"data.rgb_folder {self.rgb_folder}, data.thermal_folder {self.thermal_folder} and "
+                f"data.label_folder {self.label_folder} must be different folders"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _one_colour_per_class(self) -> "DataConfig":
         if len(self.palette) != len(self.class_names):
             raise ValueError(

@@ -14,7 +14,7 @@ from models.branches import side_streams
 from models.ops.ss2d_scan import orders_read
 from utils.errors import InputError
 
-_SIDE_BY_SIDE_PIXELS = 2**19  # of a batch: parts side by side share no memory, and more fill a GPU better
+_SIDE_BY_SIDE_PIXELS = 2**19  # of a batch: parts side by side share no memory
 _EAGER_CALLS = 2  # kernels are compiled and chosen, and constants made, before a graph is recorded
 
 

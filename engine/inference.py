@@ -81,6 +81,7 @@ def predict(
             network; what then lies outside [0, 1] is clipped.
     Raises:
         InputError: the image, scaled, is smaller than 32x32.
+        FloatingPointError: the network gives numbers that are not finite.
         ValueError: the model is in training mode.
     """
     if model.training:
@@ -91,7 +92,13 @@ def predict(
     image = _mean(fused)
     if luma_only:
         image = _with_colors_of(rgb.float(), image)
-    return Prediction(_mean([view.probabilities for view in views.values()]), image)
+    prediction = Prediction(_mean([view.probabilities for view in views.values()]), image)
+    if not torch.stack([x.isfinite().all() for x in prediction]).all():
+        raise FloatingPointError(
+            "the network's output is not finite: its weights are damaged, or its training has "
+            "diverged; take an earlier checkpoint, or train with a lower train.lr"
+        )
+    return prediction
 
 
 def withhold(rgb: Tensor, thermal: Tensor, modalities: str) -> tuple[Tensor, Tensor]:

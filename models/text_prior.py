@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
+from configs import available_names
 from models.layers import at_least_float32
 from utils.errors import InputError
 from utils.files import write_whole
@@ -116,7 +117,8 @@ def save_text_prior(
 def _export_command(path: Path) -> str:
     name = path.stem.removeprefix("clip_text_")
     out = "" if path == Path("pretrained", f"clip_text_{name}.safetensors") else f" --out {path}"
-    return f"python tools/export_text_prior.py -n {name}{out}"
+    config = name if name in available_names() else "YOUR.yaml"  # that the training is given
+    return f"python tools/export_text_prior.py -n {config}{out}"
 
 
 def _difference(stored: list[str], wanted: list[str]) -> str:

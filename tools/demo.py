@@ -8,6 +8,7 @@ be done by hand. A run that was stopped goes on where it was; a finished one is 
 """
 
 import argparse
+import contextlib
 import os
 import re
 import subprocess
@@ -53,9 +54,12 @@ def run(script: str, *arguments: str) -> None:
     # On maps this small a second thread wins a fifth on an idle CPU, and loses all on a busy one.
     environment = {"OMP_NUM_THREADS": "1", **os.environ}
     command = [sys.executable, script, *arguments]
-    result = subprocess.run(command, cwd=ROOT, env=environment, check=False)
-    if result.returncode:
-        sys.exit(result.returncode)
+    process = subprocess.Popen(command, cwd=ROOT, env=environment)
+    while process.poll() is None:
+        with contextlib.suppress(KeyboardInterrupt):  # it got the signal, too, and saves first
+            process.wait()
+    if process.returncode:
+        sys.exit(process.returncode)
 
 
 def write_config(folder: Path) -> Path:

@@ -5,6 +5,7 @@ import contextlib
 import errno
 import logging
 import os
+import select
 import signal
 import socket
 import sys
@@ -110,7 +111,8 @@ def run_main(main: Callable[[], int | None]) -> NoReturn:
 
     0 or what main returns; 2 with one line "error: ..." on stderr for bad input (a ConfigError is
     one, too), a disk that is full or closed to us, or a loss that is not finite; 130 after Ctrl-C;
-    anything else is unforeseen and leaves its traceback and 1. The log file gets all of it.
+    141 where nobody reads stdout any more, as after `| head`; anything else is unforeseen and
+    leaves its traceback and 1. The log file gets all of it.
 
     One of several ranks ends at once on an error: the usual end of a process waits for what the
     others have left on the GPU, and they wait for it.
@@ -121,9 +123,12 @@ def run_main(main: Callable[[], int | None]) -> NoReturn:
             stream.reconfigure(errors="backslashreplace")
     try:
         code = main() or 0
+        sys.stdout.flush()
     except KeyboardInterrupt:
         code = 128 + signal.SIGINT
     except Exception as error:
+        if isinstance(error, BrokenPipeError) and _is_stdout_closed():
+            sys.exit(128 + signal.SIGPIPE)  # as of `| head`: whoever reads has read enough
         message = _user_message(error)
         if logging.getLogger().hasHandlers():
             with contextlib.suppress(OSError):  # it lies on the full disk, perhaps
@@ -137,6 +142,16 @@ def run_main(main: Callable[[], int | None]) -> NoReturn:
             sys.stderr.flush()
             os._exit(code)
     sys.exit(code)
+
+
+def _is_stdout_closed() -> bool:
+    """Whether nobody reads what we print any more; then it goes nowhere from now on."""
+    poll = select.poll()
+    poll.register(sys.stdout.fileno(), 0)
+    is_closed = any(event & select.POLLERR for _, event in poll.poll(0))
+    if is_closed:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return is_closed
 
 
 def _report_thread_error(arguments: threading.ExceptHookArgs) -> None:

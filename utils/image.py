@@ -74,11 +74,11 @@ def read_label(path: str | Path, palette: Palette = ()) -> np.ndarray:
         raise InputError(
             f"label {path} is a JPEG, whose compression changes class values; get it as PNG"
         )
-    bits, has_table = _png_depth(data)
+    bits, has_table = _depth(data)
     if has_table:
         raise InputError(
-            f"label {path} is a PNG with a colour table; tools/prepare_dataset.py custom makes a "
-            f"set whose labels hold its indices"
+            f"label {path} is an image with a colour table; tools/prepare_dataset.py custom makes "
+            f"a set whose labels hold its indices"
         )
     if image.ndim == 2 and bits < 8:
         image = image // (255 // (2**bits - 1))  # OpenCV stretches what has fewer bits to 0..255
@@ -231,8 +231,15 @@ def _read_bytes(path: str | Path) -> bytes:
     return data
 
 
-def _png_depth(data: bytes) -> tuple[int, bool]:
-    """Bits a channel of a PNG and whether it has a colour table; (8, False) for other formats."""
+def _depth(data: bytes) -> tuple[int, bool]:
+    """Bits a channel of a PNG or BMP and whether its values are rows of a colour table.
+
+    A grey BMP has a table, too, in which each of its 8 bits stands for itself. (8, False) for other
+    formats.
+    """
+    if data.startswith(b"BM"):
+        bits = int.from_bytes(data[28:30], "little")
+        return bits, bits < 8
     if not data.startswith(_PNG) or len(data) < 26:
         return 8, False
     return data[24], data[25] == 3

@@ -180,6 +180,21 @@ def test_too_small_an_image_is_named(hw, scale, message):
         predict(PositionWise(), *images(1, *hw), scales=(scale,))
 
 
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
+@pytest.mark.parametrize("which", ["logits", "fused"])
+def test_numbers_that_are_not_finite_are_no_result(pair, which, bad):
+    """A network that gives them would else be scored: its class is 0 everywhere."""
+
+    class Diverged(PositionWise):
+        def forward(self, rgb, thermal):
+            output = super().forward(rgb, thermal)
+            getattr(output, which)[1, 0, 3, 4] = bad
+            return output
+
+    with pytest.raises(FloatingPointError, match="output is not finite"):
+        predict(Diverged(), *pair)
+
+
 def test_training_mode_is_refused(pair):
     with pytest.raises(ValueError, match="eval"):
         predict(PositionWise().train(), *pair)

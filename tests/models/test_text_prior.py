@@ -110,7 +110,7 @@ def test_other_prompts_are_refused(prior_file, prompts, message):
 def test_missing_file_gives_the_command(tmp_path):
     with pytest.raises(InputError) as caught:
         load_text_prior("pretrained/clip_text_none_such.safetensors", PROMPTS)
-    assert "`python tools/export_text_prior.py -n none_such`" in str(caught.value)
+    assert "`python tools/export_text_prior.py -n YOUR.yaml`" in str(caught.value)
     assert "--set model.text_prior=orthogonal" in str(caught.value)
     elsewhere = tmp_path / "clip_text_fmb.safetensors"
     with pytest.raises(InputError, match=rf"-n fmb --out {elsewhere}"):

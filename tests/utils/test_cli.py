@@ -97,6 +97,25 @@ def test_keyboard_interrupt_is_130(capsys):
     assert outcome_of(main, capsys)[0] == 130
 
 
+@pytest.mark.parametrize("count", [1, 10**5], ids=["at the end", "meanwhile"])
+def test_whoever_has_read_enough_of_stdout_may_go(count):
+    script = f"from utils.cli import run_main; run_main(lambda: print('line\\n' * {count}))"
+    writer = subprocess.Popen(
+        [sys.executable, "-c", script], stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
+    writer.stdout.close()
+    assert writer.stderr.read() == b""
+    assert writer.wait() == 128 + signal.SIGPIPE
+
+
+def test_another_broken_pipe_keeps_its_traceback():
+    def fail():
+        raise BrokenPipeError(errno.EPIPE, "of a child")
+
+    with pytest.raises(BrokenPipeError):
+        run_main(fail)
+
+
 def test_the_unforeseen_keeps_its_traceback():
     def main():
         raise KeyError("unforeseen")

@@ -76,6 +76,22 @@ def test_failed_write_keeps_the_old_file(tmp_path, monkeypatch):
     assert [p.name for p in tmp_path.iterdir()] == ["a.png"]
 
 
+@pytest.mark.parametrize("bits", [1, 4, 8])
+def test_a_label_bmp_of_few_bits_has_a_colour_table(tmp_path, bits):
+    """OpenCV would give the table's grey, 0 and 255, for the classes 0 and 1."""
+    path = tmp_path / "a.bmp"
+    Image.fromarray(np.eye(8, dtype=np.uint8)).save(path)
+    data = bytearray(path.read_bytes())
+    assert data[28] == 8
+    data[28] = bits
+    path.write_bytes(data)
+    if bits == 8:
+        np.testing.assert_array_equal(read_label(path), np.eye(8))
+    else:
+        with pytest.raises(InputError, match=r"a\.bmp is an image with a colour table"):
+            read_label(path)
+
+
 def test_write_into_a_file_as_folder(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(InputError, match="cannot write"):
