@@ -418,7 +418,7 @@ def test_a_full_gpu_ends_the_run_with_its_numbers(configure, monkeypatch, no_val
             raise torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
 
     change_loss(monkeypatch, fill)
-    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: 2**30)
+    monkeypatch.setattr(torch.cuda, "max_memory_reserved", lambda device: 2**30)
     monkeypatch.setattr(memory, "_total_memory", lambda device: 2**31)
     with pytest.raises(InputError, match="2 images of 32x32 .* peak 1.0 of 2.0 GiB"):
         run(configure())
