@@ -83,7 +83,7 @@ def _parse_yaml(text: str) -> Any:
 def _check_node(node: yaml.Node | None, checked: set[int]) -> None:
     """Raise a YAMLError where a mapping has a key twice: the loader would drop the first value.
 
-    So it does for 010, which YAML takes for 8, 1:30, for 90, and a date, which is no text.
+    So it does where YAML takes 010 for 8, 1:30 for 90, or a text for a date.
 
     checked: ids of the nodes before, since an alias may stand for what it is in.
     """
